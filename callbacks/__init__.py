@@ -1,0 +1,1 @@
+"""What a Trainer plugs in; the mathematics lives in lit_parallel."""

@@ -1,0 +1,1 @@
+"""Feedforward computation as a triangular system of equations, solved in parallel, with the same result."""

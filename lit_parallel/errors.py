@@ -1,0 +1,21 @@
+"""What a user did that cannot work, told in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a config, a file, a checkpoint or an argument.
+
+    The message is one line that says what is wrong and what would be right. The command line prints it alone, without
+    a traceback, and exits with status 2.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'lr'?"`` for the nearest known word, or the list of known words if none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean '{near[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""

@@ -1,0 +1,371 @@
+"""The one loop of the library: it iterates, keeps the books, stops, certifies and times.
+
+The frontier moves by one rule for every solver. For each equation the loop notes in which iteration it was last
+evaluated and in which it last changed. An equation is *consistent* if it was evaluated after the last change of
+anything before it (strictly: what changed in the same parallel iteration was not seen). The leading consistent
+equations are final: the first has no inputs, and each further one was evaluated from final inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_parallel.errors import UserError
+from lit_parallel.solution import Solution, Status
+from lit_parallel.solvers.schedules import Jacobi, Solver
+from lit_parallel.systems import Equations, Evaluation, TriangularSystem
+
+Observer = Callable[[int, Tensor], None]
+"""Called with the iteration's number, from 0 (the initial guess), and the iterate ``[batch, length, ...]``."""
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When an equation counts as unchanged, and when to give up.
+
+    Attributes:
+        max_iterations: Iteration limit; by default T, which always suffices for exact equality.
+        absolute_tolerance: An equation is unchanged if it moved by at most this much. 0 asks for exact equality. A
+            tolerance bounds the change of the last iteration, never the error.
+        relative_tolerance: The same, relative to the size of the new value.
+    """
+
+    max_iterations: int | None = None
+    absolute_tolerance: float = 0.0
+    relative_tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_iterations is not None and self.max_iterations < 1:
+            raise UserError(f"max_iterations must be at least 1, got {self.max_iterations}")
+        for name in ("absolute_tolerance", "relative_tolerance"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name} must be a finite number, 0 or larger, got {getattr(self, name)}")
+
+    @property
+    def exact(self) -> bool:
+        return self.absolute_tolerance == 0 and self.relative_tolerance == 0
+
+
+# Status of a sample on the device, while the loop runs.
+_RUNNING, _SOLVED, _NON_FINITE = 0, 1, 2
+
+
+class Books:
+    """The loop's tensors, all on the system's device and changed in place only (a CUDA graph captures them)."""
+
+    def __init__(self, system: TriangularSystem, limit: int, record: bool) -> None:
+        batch, length, device = system.batch_size, system.length, system.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.step = zeros(1)
+        self.evaluated_in = zeros(batch, length, dtype=torch.int32)  # 0: never
+        self.changed_in = zeros(batch, length, dtype=torch.int32)
+        self.non_finite = zeros(batch, length, dtype=torch.bool)
+        self.frontier = zeros(batch)
+        self.status = zeros(batch, dtype=torch.int8)
+        self.iterations = zeros(batch)
+        self.evaluations = zeros(batch)
+        self.sweep_change = zeros(batch, length, dtype=torch.float32)
+        self.residual = zeros(limit, batch, dtype=torch.float32) if record else None
+        # step * 2 + finished, in one word, so that the host never sees half an update.
+        self.progress = zeros(1)
+
+    def reset(self) -> None:
+        for tensor in vars(self).values():
+            if tensor is not None:
+                tensor.zero_()
+
+    def enter(self, evaluation: Evaluation, running: Tensor, stopping: Stopping) -> None:
+        """Enter what an iteration did, move the frontier, and note which samples are finished."""
+        self.step += 1
+        step = self.step.to(torch.int32)
+        tolerance: float | Tensor = stopping.absolute_tolerance
+        if stopping.relative_tolerance > 0:
+            tolerance = tolerance + stopping.relative_tolerance * evaluation.size()
+        non_finite = evaluation.change.isnan()
+        changed = ~(evaluation.change <= tolerance)
+        equations = evaluation.equations
+        if self.residual is not None:
+            largest = evaluation.change.masked_fill(non_finite, float("inf")).amax(dim=1)
+            row = torch.where(running, largest.to(self.residual.dtype), 0.0)
+            self.residual.index_copy_(0, (self.step - 1).clamp(max=self.residual.shape[0] - 1), row[None])
+        if equations is None:
+            self.evaluated_in.copy_(step.expand_as(self.evaluated_in))
+            self.changed_in.copy_(torch.where(changed, step, self.changed_in))
+            self.non_finite.copy_(non_finite)
+        else:
+            where = _per_sample(equations, evaluation.change)
+            self.evaluated_in.scatter_(1, where, step.expand(where.shape))
+            self.changed_in.scatter_(1, where, torch.where(changed, step, self.changed_in.gather(1, where)))
+            self.non_finite.scatter_(1, where, non_finite)
+        latest_change = self.changed_in.cummax(dim=1).values
+        consistent = self.evaluated_in > torch.nn.functional.pad(latest_change[:, :-1], (1, 0))
+        reached = consistent.to(torch.int32).cumprod(dim=1).bool()  # all equations up to this one are consistent
+        final = (reached & ~self.non_finite).to(torch.int32).cumprod(dim=1)
+        failed = (reached & self.non_finite).any(dim=1)
+        length = final.shape[1]
+        # The books of a finished sample are closed, whatever its neighbours' iterations do to the common buffers.
+        self.frontier.copy_(torch.where(running, final.sum(dim=1), self.frontier))
+        self.iterations += running
+        self.evaluations += torch.where(running, (self.evaluated_in == step).sum(dim=1), 0)
+        outcome = torch.where(failed, _NON_FINITE, torch.where(self.frontier == length, _SOLVED, _RUNNING))
+        self.status.copy_(torch.where(running, outcome.to(torch.int8), self.status))
+        finished = (self.status != _RUNNING).all()
+        self.progress.copy_(self.step * 2 + finished)
+
+    def enter_predetermined(self, step: int, evaluation: Evaluation) -> None:
+        """The short form for a fixed sweep: only where a value was not finite matters, and only at the end."""
+        self.sweep_change[:, step : step + 1] = evaluation.change
+
+    def close_predetermined(self, limit: int) -> None:
+        failed = self.sweep_change[:, :limit].isnan()
+        self.frontier.copy_((~failed).to(torch.int32).cumprod(dim=1).sum(dim=1))
+        length = self.sweep_change.shape[1]
+        self.status.copy_(torch.where(self.frontier == length, _SOLVED, _RUNNING))
+        self.status.masked_fill_(failed.any(dim=1), _NON_FINITE)
+        self.iterations.fill_(limit)
+        self.evaluations.fill_(limit)
+
+
+def _per_sample(equations: int | Tensor, change: Tensor) -> Tensor:
+    index = torch.full((1,), equations, device=change.device) if isinstance(equations, int) else equations
+    return index.expand(change.shape)
+
+
+class SolverLoop:
+    """A solver applied to a system, ready to run any number of times.
+
+    On a GPU the first run captures one iteration in a CUDA graph (for a predetermined schedule: the whole sweep);
+    every run replays it, with no host synchronisation per iteration: the host looks at a flag in pinned memory while
+    the next iteration is already under way, so at most one surplus iteration is launched. On a CPU the same functions
+    run eagerly.
+
+    Args:
+        system: The system to solve. Its inputs may be changed in place between runs.
+        solver: Which equations each iteration evaluates.
+        stopping: When an equation counts as unchanged, and when to give up.
+        certify: Confirm the result by one full evaluation of ``system.reference()``, bit for bit; where it does not
+            reproduce the result, iterate on with the reference until it does.
+        record_residual: Keep the largest change of every iteration.
+        cuda_graph: On a GPU, capture the iteration in a CUDA graph; elsewhere without effect.
+    """
+
+    def __init__(
+        self,
+        system: TriangularSystem,
+        solver: Solver,
+        stopping: Stopping | None = None,
+        *,
+        certify: bool = False,
+        record_residual: bool = False,
+        cuda_graph: bool = True,
+    ) -> None:
+        self.system = system
+        self.solver = solver
+        self.stopping = stopping or Stopping()
+        self.certify = certify
+        self.limit = min(self.stopping.max_iterations or system.length, system.length)
+        self.record_residual = record_residual and not solver.predetermined
+        self.cuda_graph = cuda_graph and system.device.type == "cuda"
+        self._state: Any = None
+        self._books: Books | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._flag = torch.zeros(1, dtype=torch.int64)
+        self._certifier: SolverLoop | None = None
+
+    @torch.no_grad()
+    def run(self, start: Tensor | None = None, observer: Observer | None = None) -> Solution:
+        """Solve, from the initial guess or from a given iterate.
+
+        Args:
+            start: ``[batch, length, ...]`` iterate to start from.
+            observer: Called with every iterate; slow (it runs eagerly), meant for pictures.
+        """
+        began = time.perf_counter()
+        graphed = self.cuda_graph and observer is None
+        if self._books is None:
+            self._state = self.system.new_state()
+            self._books = Books(self.system, self.limit, self.record_residual)
+        if graphed and self._graph is None:
+            self._capture()
+        self._synchronize()
+        setup_seconds = time.perf_counter() - began
+
+        began = time.perf_counter()
+        self._restart(start)
+        if graphed:
+            self._replay()
+        else:
+            self._iterate(observer)
+        self._synchronize()
+        seconds = time.perf_counter() - began
+        solution = self._solution(seconds, setup_seconds)
+        return self._certify(solution) if self.certify else solution
+
+    # -- iterating ----------------------------------------------------------------------------------------------
+
+    def _restart(self, start: Tensor | None) -> None:
+        assert self._books is not None
+        self.system.reset(self._state, start)
+        self._books.reset()
+        self._flag.zero_()
+
+    def _iteration(self) -> None:
+        books = self._books
+        assert books is not None
+        equations = self.solver.equations(self.system, books.frontier, books.step)
+        running = books.status == _RUNNING
+        books.enter(self.system.evaluate(self._state, equations, books.frontier, running), running, self.stopping)
+
+    def _predetermined_iteration(self, step: int) -> None:
+        books = self._books
+        assert books is not None
+        equations: Equations = self.solver.equations(self.system, books.frontier, step)
+        books.enter_predetermined(step, self.system.evaluate(self._state, equations, books.frontier, None))
+
+    def _iterate(self, observer: Observer | None) -> None:
+        assert self._books is not None
+        if observer is not None:
+            observer(0, self.system.value(self._state))
+        for step in range(self.limit):
+            if self.solver.predetermined:
+                self._predetermined_iteration(step)
+            else:
+                self._iteration()
+            if observer is not None:
+                observer(step + 1, self.system.value(self._state))
+            if not self.solver.predetermined and int(self._books.progress) % 2:
+                break
+
+    def _sweep(self) -> None:
+        for step in range(self.limit):
+            self._predetermined_iteration(step)
+
+    def _capture(self) -> None:
+        """Record one iteration (or the whole predetermined sweep) after a warm-up on a side stream."""
+        assert self._books is not None
+        self._flag = torch.zeros(1, dtype=torch.int64).pin_memory()
+        stream = torch.cuda.Stream(self.system.device)
+        stream.wait_stream(torch.cuda.current_stream(self.system.device))
+        with torch.cuda.stream(stream):
+            for step in range(min(3, self.limit)):
+                if self.solver.predetermined:
+                    self._predetermined_iteration(step)
+                else:
+                    self._iteration()
+        torch.cuda.current_stream(self.system.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            if self.solver.predetermined:
+                self._sweep()
+            else:
+                self._iteration()
+                self._flag.copy_(self._books.progress, non_blocking=True)
+        self._graph = graph
+
+    def _replay(self) -> None:
+        assert self._graph is not None
+        if self.solver.predetermined:
+            self._graph.replay()
+            return
+        seen = self._flag.numpy()
+        for launched in range(1, self.limit + 1):
+            self._graph.replay()
+            # One iteration may run ahead of the flag, so the GPU never waits for the host.
+            patience = 0
+            while seen[0] // 2 < launched - 1 and not seen[0] % 2:
+                patience += 1
+                if patience % 100_000 == 0 and torch.cuda.current_stream(self.system.device).query():
+                    break  # the stream is idle: the flag is as new as it gets (and a CUDA error has been raised)
+            if seen[0] % 2:
+                return
+
+    def _synchronize(self) -> None:
+        if self.system.device.type == "cuda":
+            torch.cuda.synchronize(self.system.device)
+
+    # -- what came out ------------------------------------------------------------------------------------------
+
+    def _solution(self, seconds: float, setup_seconds: float) -> Solution:
+        books = self._books
+        assert books is not None
+        batch, length = self.system.batch_size, self.system.length
+        value = self.system.value(self._state)
+        if self.solver.predetermined:
+            books.close_predetermined(self.limit)
+        iterations = books.iterations.clone()
+        solved = Status.CONVERGED if self.stopping.exact or self.solver.predetermined else Status.SETTLED
+        names = {_RUNNING: Status.ITERATION_LIMIT, _SOLVED: solved, _NON_FINITE: Status.NON_FINITE}
+        return Solution(
+            value=value,
+            status=[names[code] for code in books.status.tolist()],
+            iterations=iterations,
+            evaluations=books.evaluations.clone(),
+            frontier=books.frontier.clone(),
+            certified=torch.zeros(batch, dtype=torch.bool, device=value.device),
+            certificate_iterations=torch.zeros_like(iterations),
+            seconds=seconds,
+            certificate_seconds=0.0,
+            setup_seconds=setup_seconds,
+            length=length,
+            solver=self.solver.name,
+            final_iteration=None if self.solver.predetermined else books.changed_in.clone(),
+            residual=None if books.residual is None else books.residual[: int(iterations.max())].clone(),
+        )
+
+    def _certify(self, solution: Solution) -> Solution:
+        """One Jacobi iteration of the reference from the result; more of them where it changes anything."""
+        if self._certifier is None:
+            self._certifier = SolverLoop(self.system.reference(), Jacobi(), cuda_graph=self.cuda_graph)
+        check = self._certifier.run(start=solution.value)
+        # Only results are certified; the best iterate of a sample that failed stays as it is.
+        results = [status in (Status.CONVERGED, Status.SETTLED) for status in solution.status]
+        checked = torch.tensor(results, device=solution.value.device)
+        keep = checked.reshape(-1, *[1] * (solution.value.dim() - 1))
+        solution.value = torch.where(keep, check.value, solution.value)
+        solution.frontier = torch.where(checked, check.frontier, solution.frontier)
+        solution.status = [
+            new if result else old for result, new, old in zip(results, check.status, solution.status, strict=True)
+        ]
+        solution.certified = checked & (check.frontier == check.length)
+        solution.certificate_iterations = torch.where(checked, check.iterations, 0)
+        solution.certificate_seconds = check.seconds
+        solution.seconds += check.seconds
+        solution.setup_seconds += check.setup_seconds
+        return solution
+
+
+def solve(
+    system: TriangularSystem,
+    solver: Solver,
+    stopping: Stopping | None = None,
+    *,
+    certify: bool = False,
+    record_residual: bool = False,
+    cuda_graph: bool = True,
+    start: Tensor | None = None,
+    observer: Observer | None = None,
+) -> Solution:
+    """Solve a triangular system once; see :class:`SolverLoop` for the arguments and for solving many of one kind.
+
+    Example:
+        >>> solution = solve(system, Jacobi(), certify=True)
+        >>> solution.status[0], solution.iterations, solution.certified
+    """
+    loop = SolverLoop(
+        system,
+        solver,
+        stopping,
+        certify=certify,
+        record_residual=record_residual,
+        cuda_graph=cuda_graph,
+    )
+    return loop.run(start, observer)

@@ -1,0 +1,187 @@
+"""The problem: a triangular system of equations ``x_t = h_t(u, x_0 .. x_{t-1})`` for a batch of samples.
+
+Any feedforward computation has this form (Song et al., ICML 2021, section 2, https://arxiv.org/abs/2002.03629).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_parallel.errors import UserError
+
+Equations = int | Tensor | None
+"""Which equations an iteration evaluates.
+
+``None``: all of them. An ``int``: one, the same for every sample and known on the host. An integer tensor ``[width]``:
+the same for every sample, known on the device. ``[batch, width]``: chosen per sample. An index may occur twice.
+"""
+
+
+@dataclass
+class Evaluation:
+    """What one parallel iteration did.
+
+    Attributes:
+        equations: The equations that were really evaluated; may be more than were asked for.
+        change: ``[batch, width]`` distance between the old and the new value of each, not-a-number where the new value
+            was not finite (and the iterate was therefore reset to the initial guess).
+        value: ``[batch, width, ...]`` the new values, against which a relative tolerance is measured, or ``None`` if
+            the system has no notion of their size.
+    """
+
+    equations: Equations
+    change: Tensor
+    value: Tensor | None = None
+
+    def size(self) -> Tensor:
+        """``[batch, width]`` largest absolute value of each equation's value."""
+        if self.value is None:
+            raise UserError("this system has no relative tolerance: set solver.relative_tolerance=0")
+        return _over_items(self.value.abs(), torch.amax)
+
+
+class TriangularSystem(ABC):
+    """A batch of independent triangular systems of the same length.
+
+    The iterate ("state") is opaque to the solver loop: whatever :meth:`new_state` returns is handed back to
+    :meth:`evaluate`, which changes it in place. The unique solution of a triangular system is the result of ordinary
+    sequential evaluation; a state that one full evaluation leaves unchanged therefore *is* that result.
+
+    Attributes:
+        length: Number of equations, T.
+        batch_size: Number of samples.
+        device: Where the iterate lives.
+        window: How many equations a sliding window should hold when the user names none.
+    """
+
+    length: int
+    batch_size: int
+    device: torch.device
+
+    @property
+    def window(self) -> int:
+        return max(1, -(-self.length // 8))
+
+    @abstractmethod
+    def new_state(self) -> Any:
+        """Allocate an iterate and set it to the initial guess."""
+
+    @abstractmethod
+    def reset(self, state: Any, value: Tensor | None = None) -> None:
+        """Set the iterate, in place, to the initial guess or to a given value ``[batch, length, ...]``."""
+
+    @abstractmethod
+    def evaluate(self, state: Any, equations: Equations, frontier: Tensor, running: Tensor | None) -> Evaluation:
+        """Evaluate (at least) the named equations from the current iterate and write the results into it.
+
+        All equations read the iterate as it was before the call. A value that is not finite must not enter the
+        iterate: beyond the frontier it would poison everything behind it (0 * inf), although the solution is finite.
+        On a GPU the call is captured in a CUDA graph: no synchronisation, static shapes, no new inputs from the host.
+
+        Args:
+            state: The iterate.
+            equations: Which equations to evaluate.
+            frontier: ``[batch]`` number of leading equations that are known to be final.
+            running: ``[batch]`` which samples are still being solved (``None``: all). The values of the others must
+                not change any more, so that a sample's result never depends on its neighbours.
+        """
+
+    @abstractmethod
+    def value(self, state: Any) -> Tensor:
+        """The iterate as a tensor ``[batch, length, ...]``, detached from later changes."""
+
+    def reference(self) -> TriangularSystem:
+        """The same equations evaluated the plain way, against which a result is certified."""
+        return self
+
+
+class TensorSystem(TriangularSystem):
+    """A system whose iterate is one tensor ``[batch, length, ...]``; a subclass gives the right-hand side.
+
+    Args:
+        guess: ``[batch, length, ...]`` finite initial guess; its shape, dtype and device are those of the iterate.
+    """
+
+    def __init__(self, guess: Tensor) -> None:
+        if guess.dim() < 2:
+            raise ValueError(f"the initial guess must be [batch, length, ...], got shape {list(guess.shape)}")
+        self.guess = guess
+        self.batch_size, self.length = guess.shape[:2]
+        self.device = guess.device
+
+    @abstractmethod
+    def function(self, x: Tensor) -> Tensor:
+        """All right-hand sides: ``h(x)``, ``[batch, length, ...] -> [batch, length, ...]``."""
+
+    def new_state(self) -> Tensor:
+        return self.guess.clone()
+
+    def reset(self, state: Tensor, value: Tensor | None = None) -> None:
+        state.copy_(self.guess if value is None else value)
+
+    def value(self, state: Tensor) -> Tensor:
+        return state.clone()
+
+    def evaluate(self, state: Tensor, equations: Equations, frontier: Tensor, running: Tensor | None) -> Evaluation:
+        new = select(self.function(state), equations)
+        return write(state, equations, new, select(self.guess, equations), running)
+
+
+def select(x: Tensor, equations: Equations) -> Tensor:
+    """Take the named equations' values: ``[batch, length, ...] -> [batch, width, ...]``."""
+    if equations is None:
+        return x
+    if isinstance(equations, int):
+        return x[:, equations : equations + 1]
+    if equations.dim() == 1:
+        return x.index_select(1, equations)
+    return x.gather(1, _expand(equations, x))
+
+
+def write(state: Tensor, equations: Equations, new: Tensor, guess: Tensor, running: Tensor | None) -> Evaluation:
+    """Write new values of the named equations into the iterate; reset to the guess what is not finite.
+
+    Args:
+        state: ``[batch, length, ...]`` the iterate, changed in place.
+        equations: Which equations the new values belong to.
+        new: ``[batch, width, ...]`` their new values.
+        guess: ``[batch, width, ...]`` what replaces a value that is not finite.
+        running: ``[batch]`` samples whose values may change (``None``: all).
+    """
+    old = select(state, equations)
+    finite = None
+    if new.is_floating_point():
+        finite = _over_items((new - new) == 0, torch.all)  # inf - inf and nan - nan are not 0
+        new = torch.where(_like(finite, new), new, guess)
+    if running is not None:
+        new = torch.where(_like(running, new), new, old)
+    if finite is not None:
+        change = _over_items((new - old).abs(), torch.amax).masked_fill(~finite, float("nan"))
+    else:
+        change = _over_items(new != old, torch.any).float()
+    if equations is None:
+        state.copy_(new)
+    elif isinstance(equations, int):
+        state[:, equations : equations + 1] = new
+    elif equations.dim() == 1:
+        state.index_copy_(1, equations, new)
+    else:
+        state.scatter_(1, _expand(equations, state), new)
+    return Evaluation(equations, change, new)
+
+
+def _expand(equations: Tensor, x: Tensor) -> Tensor:
+    return equations.reshape(*equations.shape, *[1] * (x.dim() - 2)).expand(*equations.shape, *x.shape[2:])
+
+
+def _over_items(x: Tensor, reduce: Any) -> Tensor:
+    return reduce(x.flatten(2), dim=2) if x.dim() > 2 else x
+
+
+def _like(x: Tensor, like: Tensor) -> Tensor:
+    return x.reshape(*x.shape, *[1] * (like.dim() - x.dim()))
