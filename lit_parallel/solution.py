@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +81,23 @@ class Solution:
     @property
     def all_solved(self) -> bool:
         return all(status in (Status.CONVERGED, Status.SETTLED) for status in self.status)
+
+    def first(self, count: int) -> Solution:
+        """The solution of the first samples of the batch."""
+        return self._map(lambda x: x[:count], lambda x: x[:, :count])
+
+    def cpu(self) -> Solution:
+        """The same with all tensors on the CPU."""
+        return self._map(Tensor.cpu, Tensor.cpu)
+
+    def _map(self, per_sample: Callable[[Tensor], Tensor], residual: Callable[[Tensor], Tensor]) -> Solution:
+        changes: dict[str, Any] = {
+            name: per_sample(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        changes["status"] = self.status[: len(changes["iterations"])]
+        if self.residual is not None:
+            changes["residual"] = residual(self.residual)
+        return dataclasses.replace(self, **changes)
 
     def raise_if_failed(self) -> None:
         """Raise :class:`SolverError` that names the samples which were not solved."""

@@ -18,8 +18,32 @@ Equations = int | Tensor | None
 """Which equations an iteration evaluates.
 
 ``None``: all of them. An ``int``: one, the same for every sample and known on the host. An integer tensor ``[width]``:
-the same for every sample, known on the device. ``[batch, width]``: chosen per sample. An index may occur twice.
+the same for every sample, known on the device. ``[batch, width]``: chosen per sample. An index may occur twice, side
+by side; it then counts once.
 """
+
+
+@dataclass
+class FusedBooks:
+    """The books of an evaluation that ran many parallel iterations at once, until every sample was finished.
+
+    It keeps them by the loop's own rule. All are ``[batch]`` but the last two.
+
+    Attributes:
+        iterations: Parallel iterations.
+        evaluations: Equations evaluated in them.
+        frontier: Leading equations that are final.
+        failed: Whether the equation behind the frontier, all its inputs being final, is not finite.
+        changed_in: ``[batch, length]`` the iteration in which each equation changed last.
+        residual: ``[iterations, batch]`` largest change in each iteration, or ``None``.
+    """
+
+    iterations: Tensor
+    evaluations: Tensor
+    frontier: Tensor
+    failed: Tensor
+    changed_in: Tensor
+    residual: Tensor | None = None
 
 
 @dataclass
@@ -32,11 +56,13 @@ class Evaluation:
             was not finite (and the iterate was therefore reset to the initial guess).
         value: ``[batch, width, ...]`` the new values, against which a relative tolerance is measured, or ``None`` if
             the system has no notion of their size.
+        fused: Books of an evaluation that ran to the end; then nothing else counts.
     """
 
     equations: Equations
     change: Tensor
     value: Tensor | None = None
+    fused: FusedBooks | None = None
 
     def size(self) -> Tensor:
         """``[batch, width]`` largest absolute value of each equation's value."""
@@ -66,6 +92,16 @@ class TriangularSystem(ABC):
     @property
     def window(self) -> int:
         return max(1, -(-self.length // 8))
+
+    def prepare(self, solver: object, limit: int, *, exact: bool, record_residual: bool) -> None:  # noqa: B027
+        """Told once, before the first evaluation, who will ask: a chance to choose a faster evaluation.
+
+        Args:
+            solver: The :class:`lit_parallel.solvers.Solver`.
+            limit: Most iterations.
+            exact: Whether equations count as unchanged only at exact equality.
+            record_residual: Whether the largest change of every iteration is wanted.
+        """
 
     @abstractmethod
     def new_state(self) -> Any:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lit_parallel.options import option
+from lit_parallel.options import MAX_SEED, option
 
 
 @dataclass
@@ -10,12 +10,14 @@ class MadeOptions:
     """A MADE: masked multilayer perceptron with a logistic distribution per pixel."""
 
     name: str = option("made", "the kind of model", choices=("made",))
-    hidden_sizes: list[int] = option([512, 512], "units of each hidden layer")
+    hidden_sizes: list[int] = option([512, 512], "units of each hidden layer", minimum=1, non_empty=True)
     order: str = option("natural", "order in which pixels are generated", choices=("natural", "random"))
     degrees: str = option("spaced", "how hidden units are assigned to positions", choices=("spaced", "random"))
-    num_masks: int = option(1, "masks that training cycles through; evaluation and sampling use the first")
-    mask_seed: int = option(0, "seed of random orders and degrees")
-    logit_lambda: float | None = option(None, "squeeze of the logit transform (default: 1e-6 grey, 0.05 colour)")
+    num_masks: int = option(1, "masks that training cycles through; evaluation and sampling use the first", minimum=1)
+    mask_seed: int = option(0, "seed of random orders and degrees", minimum=0, maximum=MAX_SEED)
+    logit_lambda: float | None = option(
+        None, "squeeze of the logit transform (null: 1e-6 for grey, 0.05 for colour)", above=0, below=0.5
+    )
 
 
 MODEL_OPTIONS: dict[str, type] = {"made": MadeOptions}
@@ -25,9 +27,9 @@ MODEL_OPTIONS: dict[str, type] = {"made": MadeOptions}
 class OptimizerOptions:
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = option(1e-3, "highest learning rate")
-    weight_decay: float = option(1e-4, "decoupled weight decay")
-    beta1: float = option(0.9, "decay of the gradient's running mean")
-    beta2: float = option(0.999, "decay of the squared gradient's running mean")
-    warmup_fraction: float = option(0.02, "part of all steps over which the learning rate rises")
-    final_lr_fraction: float = option(0.01, "learning rate at the end, relative to the highest")
+    lr: float = option(1e-3, "highest learning rate", above=0)
+    weight_decay: float = option(1e-4, "decoupled weight decay", minimum=0)
+    beta1: float = option(0.9, "decay of the gradient's running mean", minimum=0, below=1)
+    beta2: float = option(0.999, "decay of the squared gradient's running mean", minimum=0, below=1)
+    warmup_fraction: float = option(0.02, "part of all steps over which the learning rate rises", minimum=0, maximum=1)
+    final_lr_fraction: float = option(0.01, "learning rate at the end, relative to the highest", minimum=0, maximum=1)

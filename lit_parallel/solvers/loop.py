@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_parallel.errors import UserError
 from lit_parallel.solution import Solution, Status
 from lit_parallel.solvers.schedules import Jacobi, Solver
-from lit_parallel.systems import Equations, Evaluation, TriangularSystem
+from lit_parallel.systems import Equations, Evaluation, FusedBooks, TriangularSystem
 
 Observer = Callable[[int, Tensor], None]
 """Called with the iteration's number, from 0 (the initial guess), and the iterate ``[batch, length, ...]``."""
@@ -53,7 +53,7 @@ class Stopping:
 
 
 # Status of a sample on the device, while the loop runs.
-_RUNNING, _SOLVED, _NON_FINITE = 0, 1, 2
+_RUNNING, _SOLVED, _NON_FINITE, _LIMIT = 0, 1, 2, 3
 
 
 class Books:
@@ -65,6 +65,7 @@ class Books:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        self.positions = torch.arange(length, device=device)
         self.step = zeros(1)
         self.evaluated_in = zeros(batch, length, dtype=torch.int32)  # 0: never
         self.changed_in = zeros(batch, length, dtype=torch.int32)
@@ -79,12 +80,15 @@ class Books:
         self.progress = zeros(1)
 
     def reset(self) -> None:
-        for tensor in vars(self).values():
-            if tensor is not None:
+        for name, tensor in vars(self).items():
+            if tensor is not None and name != "positions":
                 tensor.zero_()
 
     def enter(self, evaluation: Evaluation, running: Tensor, stopping: Stopping) -> None:
         """Enter what an iteration did, move the frontier, and note which samples are finished."""
+        if evaluation.fused is not None:
+            self._enter_fused(evaluation.fused)
+            return
         self.step += 1
         step = self.step.to(torch.int32)
         tolerance: float | Tensor = stopping.absolute_tolerance
@@ -101,25 +105,40 @@ class Books:
             self.evaluated_in.copy_(step.expand_as(self.evaluated_in))
             self.changed_in.copy_(torch.where(changed, step, self.changed_in))
             self.non_finite.copy_(non_finite)
+            width: int | Tensor = self.changed_in.shape[1]
         else:
             where = _per_sample(equations, evaluation.change)
             self.evaluated_in.scatter_(1, where, step.expand(where.shape))
             self.changed_in.scatter_(1, where, torch.where(changed, step, self.changed_in.gather(1, where)))
             self.non_finite.scatter_(1, where, non_finite)
+            width = 1 + (where[:, 1:] != where[:, :-1]).sum(dim=1)  # distinct equations
         latest_change = self.changed_in.cummax(dim=1).values
         consistent = self.evaluated_in > torch.nn.functional.pad(latest_change[:, :-1], (1, 0))
-        reached = consistent.to(torch.int32).cumprod(dim=1).bool()  # all equations up to this one are consistent
-        final = (reached & ~self.non_finite).to(torch.int32).cumprod(dim=1)
-        failed = (reached & self.non_finite).any(dim=1)
-        length = final.shape[1]
+        length = consistent.shape[1]
+        first_open = torch.where(consistent & ~self.non_finite, length, self.positions).amin(dim=1)
+        # All before the first open equation is final. If it was evaluated from that, its own value is at fault.
+        failed = consistent.gather(1, first_open.clamp(max=length - 1)[:, None])[:, 0] & (first_open < length)
         # The books of a finished sample are closed, whatever its neighbours' iterations do to the common buffers.
-        self.frontier.copy_(torch.where(running, final.sum(dim=1), self.frontier))
+        self.frontier.copy_(torch.where(running, first_open, self.frontier))
         self.iterations += running
-        self.evaluations += torch.where(running, (self.evaluated_in == step).sum(dim=1), 0)
-        outcome = torch.where(failed, _NON_FINITE, torch.where(self.frontier == length, _SOLVED, _RUNNING))
+        self.evaluations += running * width
+        outcome = torch.where(failed, _NON_FINITE, torch.where(first_open == length, _SOLVED, _RUNNING))
         self.status.copy_(torch.where(running, outcome.to(torch.int8), self.status))
         finished = (self.status != _RUNNING).all()
         self.progress.copy_(self.step * 2 + finished)
+
+    def _enter_fused(self, fused: FusedBooks) -> None:
+        """Take over the books of an evaluation that ran to the end."""
+        self.step += 1
+        self.iterations.copy_(fused.iterations)
+        self.evaluations.copy_(fused.evaluations)
+        self.frontier.copy_(fused.frontier)
+        self.changed_in.copy_(fused.changed_in)
+        if self.residual is not None and fused.residual is not None:
+            self.residual.copy_(fused.residual)
+        outcome = torch.where(self.frontier == self.changed_in.shape[1], _SOLVED, _LIMIT)
+        self.status.copy_(torch.where(fused.failed != 0, _NON_FINITE, outcome))
+        self.progress.copy_(self.step * 2 + 1)
 
     def enter_predetermined(self, step: int, evaluation: Evaluation) -> None:
         """The short form for a fixed sweep: only where a value was not finite matters, and only at the end."""
@@ -192,6 +211,9 @@ class SolverLoop:
         began = time.perf_counter()
         graphed = self.cuda_graph and observer is None
         if self._books is None:
+            self.system.prepare(
+                self.solver, self.limit, exact=self.stopping.exact, record_residual=self.record_residual
+            )
             self._state = self.system.new_state()
             self._books = Books(self.system, self.limit, self.record_residual)
         if graphed and self._graph is None:
@@ -232,6 +254,7 @@ class SolverLoop:
         books.enter_predetermined(step, self.system.evaluate(self._state, equations, books.frontier, None))
 
     def _iterate(self, observer: Observer | None) -> None:
+        """Run eagerly; the iterates of a fused evaluation, which are never seen, are not observed."""
         assert self._books is not None
         if observer is not None:
             observer(0, self.system.value(self._state))
@@ -303,7 +326,8 @@ class SolverLoop:
             books.close_predetermined(self.limit)
         iterations = books.iterations.clone()
         solved = Status.CONVERGED if self.stopping.exact or self.solver.predetermined else Status.SETTLED
-        names = {_RUNNING: Status.ITERATION_LIMIT, _SOLVED: solved, _NON_FINITE: Status.NON_FINITE}
+        limit = Status.ITERATION_LIMIT
+        names = {_RUNNING: limit, _SOLVED: solved, _NON_FINITE: Status.NON_FINITE, _LIMIT: limit}
         return Solution(
             value=value,
             status=[names[code] for code in books.status.tolist()],

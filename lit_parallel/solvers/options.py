@@ -12,10 +12,18 @@ class SolverOptions:
     """Which solver, its block or window, and when to stop."""
 
     name: str = option("gs_jacobi", "the schedule of equations", choices=SOLVER_NAMES)
-    block_size: int | None = option(None, "jacobi_gs: equations per block (default: about the square root of T)")
-    window: int | None = option(None, "gs_jacobi: equations in the sliding window (default: the system's own choice)")
-    max_iterations: int | None = option(None, "stop after so many iterations (default: T, which always suffices)")
-    absolute_tolerance: float = option(0.0, "an equation counts as unchanged below this change (0: exact equality)")
-    relative_tolerance: float = option(0.0, "the same, relative to the size of the value")
+    block_size: int | None = option(
+        None, "jacobi_gs: equations per block (null: about the square root of T)", minimum=1
+    )
+    window: int | None = option(
+        None, "gs_jacobi: equations in the sliding window (null: the system's own choice)", minimum=1
+    )
+    max_iterations: int | None = option(
+        None, "stop after so many iterations (null: T, which always suffices)", minimum=1
+    )
+    absolute_tolerance: float = option(
+        0.0, "an equation counts as unchanged below this change (0: exact equality)", minimum=0
+    )
+    relative_tolerance: float = option(0.0, "the same, relative to the size of the value", minimum=0)
     certify: bool = option(True, "confirm the result by one full reference evaluation; go on until it is confirmed")
     cuda_graph: bool = option(True, "on a GPU, replay one captured CUDA graph per iteration")

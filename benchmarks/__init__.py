@@ -1,0 +1,1 @@
+"""Benchmarks, runnable one by one; results with their device, versions and command are in ``results/``."""

@@ -1,0 +1,59 @@
+"""The callbacks of a training run, from its config."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+
+from callbacks.sample_grid import SampleGrid
+from lit_parallel.config import TrainConfig
+from lit_parallel.errors import UserError
+
+
+def build_training_callbacks(config: TrainConfig, folder: Path) -> list[pl.Callback]:
+    """Checkpoints (last and best), sample grid, weight average, early stopping, learning rate, progress bar.
+
+    Args:
+        config: The resolved config.
+        folder: The run folder.
+    """
+    options = config.callbacks
+    validates = config.data.validation_fraction > 0 and config.trainer.limit_val_batches != 0
+    monitor = "val/bits_per_dim" if validates else None
+    callbacks: list[pl.Callback] = [
+        ModelCheckpoint(
+            dirpath=folder / "checkpoints",
+            filename="best" if validates else "epoch-{epoch:04d}",
+            monitor=monitor,
+            save_last=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+    ]
+    if options.sample_grid.enabled:
+        callbacks.append(
+            SampleGrid(
+                config.solver,
+                every_n_epochs=options.sample_grid.every_n_epochs,
+                num_samples=options.sample_grid.num_samples,
+                seed=config.seed,
+                folder=folder / "sample_grids",
+            )
+        )
+    if options.ema.enabled:  # after the sample grid, which is to see the averaged weights
+        callbacks.append(EMAWeightAveraging(decay=options.ema.decay, use_buffers=False))
+    if options.early_stopping.enabled:
+        if monitor is None:
+            raise UserError("callbacks.early_stopping needs validation images: set data.validation_fraction=0.1.")
+        callbacks.append(EarlyStopping(monitor=monitor, patience=options.early_stopping.patience))
+    if config.wandb.mode != "disabled":
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    if config.trainer.enable_progress_bar is not False:
+        callbacks.append(RichProgressBar(leave=False))
+    return callbacks

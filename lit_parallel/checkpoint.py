@@ -1,0 +1,83 @@
+"""From a config to a model, and from a checkpoint back to both."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_parallel.config import TrainConfig, from_container, to_container
+from lit_parallel.errors import UserError
+from lit_parallel.modules.autoregressive import AutoregressiveModule
+from lit_parallel.modules.made import MadeModule
+
+_MODULES: dict[str, type[AutoregressiveModule]] = {"made": MadeModule}
+
+
+def build_model(config: TrainConfig, image_shape: tuple[int, int, int]) -> AutoregressiveModule:
+    """Make the model that a config describes, with fresh weights.
+
+    Args:
+        config: The resolved config; the checkpoint will hold it as plain containers.
+        image_shape: Channels, height, width of the data.
+    """
+    return _MODULES[config.model.name](config.model, image_shape, config.optimizer, to_container(config))
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> AutoregressiveModule:
+    """Load a model from a checkpoint alone, ready to be sampled.
+
+    Args:
+        path: A checkpoint that ``train.py`` wrote. It is read with ``weights_only=True``: nothing in it is executed.
+        device: Where the model goes.
+
+    Raises:
+        UserError: If the file is missing, damaged, or not a checkpoint of one of this project's models.
+    """
+    path = Path(path)
+    content = _read(path)
+    saved = content.get("hyper_parameters")
+    if not (isinstance(saved, dict) and isinstance(saved.get("config"), dict) and "state_dict" in content):
+        raise UserError(f"'{path}' is not a checkpoint of this project: it holds no config. Make one with train.py.")
+    try:
+        config = from_container(TrainConfig, saved["config"])
+        model = build_model(config, tuple(saved["image_shape"]))
+        model.load_state_dict(content["state_dict"])
+    except (UserError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"The checkpoint '{path}' does not fit its own config ({reason}): train again, or use another one."
+        ) from error
+    bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"The checkpoint '{path}' holds values that are not finite (first in '{bad[0]}'): training diverged; "
+            "use an earlier checkpoint, or train with a smaller optimizer.lr."
+        )
+    return model.eval().to(device)
+
+
+def saved_config(model: AutoregressiveModule) -> TrainConfig:
+    """The config that a loaded model was trained with."""
+    return from_container(TrainConfig, model.hparams["config"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = sorted(file.name for file in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        hint = f" In that folder: {', '.join(near)}." if near else ""
+        raise UserError(f"There is no checkpoint '{path}'.{hint}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"'{path}' is not a checkpoint of this project: it holds more than tensors and plain values, or is no "
+            "checkpoint at all. Nothing in it was executed."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"The checkpoint '{path}' is damaged or incomplete: copy it again, or use another.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' is not a checkpoint of this project. Make one with train.py.")
+    return content

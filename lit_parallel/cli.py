@@ -1,0 +1,240 @@
+"""The command line of train.py and sample.py: flags, ``key=value`` overrides, and help made from the schema."""
+
+import difflib
+import importlib.metadata
+import inspect
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_parallel.config import load_config
+from lit_parallel.errors import UserError, did_you_mean
+from lit_parallel.options import Group, Option, describe_type, fields_of, iterate_groups, join_key, option_keys
+
+Schema = TypeVar("Schema")
+
+# The options that stand in no group are listed under this name.
+_TOP = "general"
+_PIPED_WIDTH = 100
+_FLAG_OF_SUFFIX = {".yaml": "--config", ".yml": "--config", ".ckpt": "--checkpoint"}
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What the help page of one program says."""
+
+    name: str
+    schema: type
+    description: str
+    examples: Sequence[str]
+    default_config: str | Path | None
+
+    @property
+    def flags(self) -> dict[str, tuple[str, str]]:
+        """Each flag with the name of its value and its explanation."""
+        # The folder's name is enough to find the file, and an absolute path would not fit the line.
+        default = f" (default: {Path(*Path(self.default_config).parts[-2:])})" if self.default_config else ""
+        flags = {"--config": ("PATH", f"a YAML file of options{default}")}
+        if "checkpoint" in fields_of(self.schema):
+            flags["--checkpoint"] = ("PATH", "the same as checkpoint=PATH")
+        flags["--help"] = ("[GROUP]", "this page, the options of one group below, or of all (--help all)")
+        flags["--version"] = ("", "the version of lit-parallel")
+        return flags
+
+
+def parse_arguments(
+    schema: type[Schema],
+    argv: Sequence[str],
+    *,
+    program: str,
+    description: str,
+    examples: Sequence[str],
+    default_config: str | Path | None = None,
+) -> Schema:
+    """Turn the arguments of a command into a config; ``--help`` and ``--version`` print and exit instead.
+
+    Args:
+        schema: The dataclass of options.
+        argv: The arguments, without the program's name.
+        program: The command as a user types it, such as ``"python train.py"``.
+        description: One line that says what the command does.
+        examples: Complete command lines for the help page, at most three.
+        default_config: The config file that is read unless ``--config`` names another one.
+
+    Raises:
+        UserError: An argument is not understood, or the config cannot be loaded.
+        SystemExit: After ``--help`` or ``--version``, with status 0.
+    """
+    page = _Program(program, schema, description, examples, default_config)
+    path, overrides = default_config, []
+    arguments = ["--help" if argument == "-h" else argument for argument in argv]
+    while arguments:
+        argument = arguments.pop(0)
+        if not argument.startswith("-"):
+            forgotten = _FLAG_OF_SUFFIX.get(Path(argument).suffix)
+            if forgotten in page.flags and "=" not in argument:
+                raise UserError(f"'{argument}' needs a flag: {forgotten} {argument}")
+            overrides.append(argument)
+            continue
+        flag, equals, value = argument.partition("=")
+        if flag not in page.flags:
+            raise UserError(_unknown_flag(page, flag, value if equals else next(iter(arguments), "")))
+        metavar, _ = page.flags[flag]
+        if not equals and metavar and arguments and (metavar == "PATH" or _names_group(arguments[0])):
+            value = arguments.pop(0)
+        if flag == "--help":
+            _leave(lambda topic=value: _print_help(page, topic))
+        elif flag == "--version":
+            _leave(lambda: print(_version()))
+        elif not value:
+            raise UserError(f"{flag} needs a path, as in {flag} PATH.")
+        elif flag == "--config":
+            path = value
+        else:
+            # In quotes, so that a path with '#' or '[' in it is not taken for YAML.
+            overrides.append(f"checkpoint={json.dumps(value)}")
+    return load_config(schema, path, overrides)
+
+
+def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 after a user's mistake, 130 after Ctrl-C.
+
+    A mistake is told in one line on stderr, without a traceback; any other exception is a defect and propagates.
+
+    Args:
+        main: The command; called with the arguments.
+        argv: The arguments (default: those of this process).
+    """
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        _complain(f"error: {' '.join(str(error).splitlines())}")
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    return 0
+
+
+def _is_first_process() -> bool:
+    # Lightning starts the other processes of a run with the same command line and these variables.
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+
+
+def _complain(line: str) -> None:
+    if _is_first_process():
+        print(line, file=sys.stderr)
+
+
+def _leave(show: Callable[[], None]) -> typing.NoReturn:
+    if _is_first_process():
+        show()
+    raise SystemExit(0)
+
+
+def _version() -> str:
+    try:
+        return f"lit-parallel {importlib.metadata.version('lit-parallel')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "lit-parallel (not installed: run 'pip install -e .' in its folder)"
+
+
+def _names_group(argument: str) -> bool:
+    return not argument.startswith("-") and "=" not in argument
+
+
+def _unknown_flag(page: _Program, flag: str, value: str) -> str:
+    """Say what an unknown flag should have been: another flag, or an option as ``key=value``."""
+    assignment = value if value and not value.startswith("-") and "=" not in value else "..."
+    corrections = {}
+    for key in reversed(option_keys(page.schema())):  # reversed: of two options of one name, the first one is meant
+        corrections[key] = corrections[key.rpartition(".")[2]] = f"{key}={assignment}"
+    corrections |= {name.lstrip("-"): name for name in page.flags}
+    near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), corrections, n=1)
+    hint = f"Did you mean '{corrections[near[0]]}'?" if near else f"Known: {', '.join(page.flags)}, and key=value."
+    return f"Unknown flag '{flag}'. {hint}"
+
+
+def _print_help(page: _Program, topic: str) -> None:
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _PIPED_WIDTH
+    defaults = page.schema()
+    if not topic:
+        _print_overview(console, page, defaults)
+        return
+    groups = [(key or _TOP, member) for key, member in iterate_groups(defaults)]
+    if topic in option_keys(defaults):
+        topic = topic.rpartition(".")[0] or _TOP
+    shown = [(key, member) for key, member in groups if topic in ("all", key) or key.startswith(f"{topic}.")]
+    if not shown:
+        raise UserError(f"There is no help on '{topic}'.{did_you_mean(topic, {'all', *(key for key, _ in groups)})}")
+    for key, member in shown:
+        _print_group(console, key, member)
+
+
+def _print_overview(console: Console, page: _Program, defaults: Any) -> None:
+    specs = fields_of(defaults)
+    general = ", ".join(name for name, spec in specs.items() if isinstance(spec, Option))
+    groups = {name: spec.help for name, spec in specs.items() if isinstance(spec, Group)}
+    flags = {f"{flag} {metavar}".rstrip(): text for flag, (metavar, text) in page.flags.items()}
+    usage = " ".join(f"[{flag} {metavar}]" for flag, (metavar, _) in page.flags.items() if metavar == "PATH")
+    console.print(f"usage: {page.name} {usage} [key=value ...]\n\n{page.description}\n", soft_wrap=True)
+    _print_rows(console, flags)
+    console.print("\nOptions, set as key=value or GROUP.key=value:")
+    _print_rows(console, {_TOP: general, **groups})
+    console.print("\nExamples:")
+    for example in page.examples:
+        console.print(f"  {example}", soft_wrap=True)
+
+
+def _print_rows(console: Console, rows: dict[str, str]) -> None:
+    width = max(len("--checkpoint PATH"), *map(len, rows))
+    for name, text in rows.items():
+        console.print(f"  {name:<{width}}  {text}", soft_wrap=True)
+
+
+def _print_group(console: Console, key: str, member: Any) -> None:
+    """Print the options of one group as a table: option, default, explanation with type; it fits 80 columns too."""
+    hints = typing.get_type_hints(type(member))
+    rows = [(name, spec) for name, spec in fields_of(member).items() if isinstance(spec, Option)]
+    if not rows:
+        return
+    title = "what stands in no group" if key == _TOP else (inspect.getdoc(type(member)) or "").partition("\n")[0]
+    console.print(f"{key}: {title}", style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("  option", no_wrap=True)
+    table.add_column("default", overflow="fold", max_width=18)
+    table.add_column("explanation [type]", overflow="fold", ratio=1)
+    for name, spec in rows:
+        full_key = name if key == _TOP else join_key(key, name)
+        default = getattr(member, name)
+        text = f"{spec.help} [{_describe(hints[name], spec, default)}]"
+        table.add_row(f"  {full_key}", _format_default(default), text)
+    console.print(table)
+    console.print()
+
+
+def _describe(hint: Any, spec: Option, default: Any) -> str:
+    """Put an option's type, or its choices, and its range into words."""
+    if spec.choices:
+        words = " | ".join(spec.choices)
+        return f"list of {words}" if isinstance(default, list) else words
+    words = describe_type(hint)
+    if default is None:  # the default shows already that null is allowed
+        words = words.removesuffix(" or null")
+    return f"{words} {spec.limits}".rstrip()
+
+
+def _format_default(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_format_default, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,302 @@
+"""Every option in one place: what a config file and the command line may set, and how it is read, checked and saved.
+
+A config is a typed dataclass: its defaults, then one YAML file, then ``key=value`` overrides. Options of a part of the
+project are declared beside that part; the schemas here collect them.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lit_parallel.data.options import DataOptions
+from lit_parallel.errors import UserError, did_you_mean
+from lit_parallel.modules.options import MODEL_OPTIONS, MadeOptions, OptimizerOptions
+from lit_parallel.options import (
+    MAX_SEED,
+    Group,
+    check_options,
+    describe_type,
+    fields_of,
+    format_value,
+    group,
+    join_key,
+    option,
+    option_keys,
+)
+from lit_parallel.solvers.options import SolverOptions
+
+Schema = TypeVar("Schema")
+
+BASELINE_NAMES = ("sequential", "cached_sequential")
+WANDB_MODES = ("offline", "online", "disabled")
+
+_ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+_PRECISIONS = (
+    *("64", "64-true", "32", "32-true", "16", "16-true", "16-mixed", "bf16", "bf16-true", "bf16-mixed"),
+    *("transformer-engine", "transformer-engine-float16"),
+)
+_PROFILERS = ("simple", "advanced", "pytorch", "xla")
+
+
+@dataclass
+class TrainerOptions:
+    """The arguments of Lightning's Trainer that can be written in YAML, by the same names."""
+
+    accelerator: str = option("auto", "the kind of device", choices=_ACCELERATORS)
+    strategy: str = option("auto", "how processes work together, such as ddp")
+    devices: int | str | list[int] = option("auto", "how many devices, or which ([0, 1]); -1: all")
+    num_nodes: int = option(1, "machines that work together", minimum=1)
+    precision: str | None = option(None, "arithmetic of the network (null: 32-true)", choices=_PRECISIONS)
+    fast_dev_run: int | bool = option(False, "try everything with so many batches (true: one) and stop", minimum=0)
+    max_epochs: int | None = option(None, "epochs after which training stops (-1: never)", minimum=-1)
+    min_epochs: int | None = option(None, "epochs before which training does not stop", minimum=0)
+    max_steps: int = option(-1, "steps after which training stops (-1: never)", minimum=-1)
+    min_steps: int | None = option(None, "steps before which training does not stop", minimum=0)
+    max_time: str | dict[str, int] | None = option(None, "time after which training stops: 'DD:HH:MM:SS'")
+    limit_train_batches: int | float | None = option(None, "training batches per epoch, or their part", minimum=0)
+    limit_val_batches: int | float | None = option(None, "validation batches, or their part (5, 0.1)", minimum=0)
+    limit_test_batches: int | float | None = option(None, "test batches, or their part (5, 0.1)", minimum=0)
+    limit_predict_batches: int | float | None = option(None, "prediction batches, or their part", minimum=0)
+    overfit_batches: int | float = option(0.0, "train on these few batches again and again, or a part", minimum=0)
+    val_check_interval: int | float | str | dict[str, int] | None = option(
+        None, "validate every so many batches, part of an epoch, or time", minimum=0
+    )
+    check_val_every_n_epoch: int | None = option(1, "validate every so many epochs", minimum=1)
+    num_sanity_val_steps: int | None = option(None, "validation batches before training (null: 2; -1: all)", minimum=-1)
+    log_every_n_steps: int | None = option(None, "steps between two logged values (null: 50)", minimum=0)
+    enable_progress_bar: bool | None = option(None, "show a progress bar (null: yes)")
+    enable_model_summary: bool | None = option(None, "print the layers before training (null: yes)")
+    accumulate_grad_batches: int = option(1, "batches whose gradients are added up for one step", minimum=1)
+    gradient_clip_val: int | float | None = option(None, "bound of the gradient (null: none)", minimum=0)
+    gradient_clip_algorithm: str | None = option(None, "what is bounded (null: norm)", choices=("norm", "value"))
+    deterministic: bool | Literal["warn"] | None = option(None, "refuse operations that are not reproducible")
+    benchmark: bool | None = option(None, "let cuDNN try its algorithms and keep the fastest")
+    inference_mode: bool = option(True, "evaluate in inference mode (false: only without gradients)")
+    profiler: str | None = option(None, "measure where the time goes", choices=_PROFILERS)
+    detect_anomaly: bool = option(False, "look for NaN in every backward pass (slow)")
+    barebones: bool = option(False, "switch everything off that costs time, logging included")
+    sync_batchnorm: bool = option(False, "share the statistics of batch norm between processes")
+    reload_dataloaders_every_n_epochs: int = option(0, "make new data loaders every so many epochs", minimum=0)
+
+
+@dataclass
+class SampleGridOptions:
+    """Samples drawn while training, logged with the iterations they took."""
+
+    enabled: bool = option(True, "whether to sample while training")
+    every_n_epochs: int = option(5, "epochs between two grids", minimum=1)
+    num_samples: int = option(16, "images in the grid", minimum=1)
+
+
+@dataclass
+class EarlyStoppingOptions:
+    """Stop when the validation loss no longer falls."""
+
+    enabled: bool = option(False, "whether to stop early")
+    patience: int = option(10, "validations without improvement before training stops", minimum=0)
+
+
+@dataclass
+class EmaOptions:
+    """An exponential moving average of the weights, for validation and sampling."""
+
+    enabled: bool = option(True, "whether to average the weights")
+    decay: float = option(0.999, "part of the average that each step keeps", minimum=0, below=1)
+
+
+@dataclass
+class CallbackOptions:
+    """What is plugged into the Trainer."""
+
+    sample_grid: SampleGridOptions = group(SampleGridOptions, "samples drawn while training")
+    early_stopping: EarlyStoppingOptions = group(EarlyStoppingOptions, "stop when the validation loss stays")
+    ema: EmaOptions = group(EmaOptions, "a moving average of the weights")
+
+
+@dataclass
+class WandbOptions:
+    """Weights & Biases, which records metrics and pictures; offline needs no account."""
+
+    mode: str = option("offline", "offline keeps the run on this machine; online uploads it", choices=WANDB_MODES)
+    project: str = option("lit-parallel", "the project that the run belongs to", non_empty=True)
+    entity: str | None = option(None, "the user or team that the run belongs to (null: your own)")
+    name: str | None = option(None, "the name of the run (null: the name of its folder)")
+    tags: list[str] = option([], "words to find the run by")
+
+
+@dataclass
+class CompareOptions:
+    """What the solver is measured against, with the same noise on the same device."""
+
+    baselines: list[str] = option(list(BASELINE_NAMES), "solvers to run as well", choices=BASELINE_NAMES)
+    repeats: int = option(3, "timed runs of each solver, of which the median counts", minimum=1)
+    curves: bool = option(True, "draw convergence.png: runs the solvers once more, slowly, looking at every iterate")
+
+
+def _default_training() -> TrainerOptions:
+    # Lightning's own 1000 epochs and 50 steps between values suit no data set of 45 batches.
+    return TrainerOptions(max_epochs=50, log_every_n_steps=10)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that train.py can be told."""
+
+    experiment: str = option("made_mnist5k", "names the folder of the run", non_empty=True)
+    seed: int = option(0, "seed of weights, data order and noise", minimum=0, maximum=MAX_SEED)
+    runs_folder: str = option("runs", "folder in which every run gets a folder of its own", non_empty=True)
+    # One of MODEL_OPTIONS, as model.name says.
+    model: Any = group(MadeOptions, "the network", kinds=MODEL_OPTIONS)
+    data: DataOptions = group(DataOptions, "the images")
+    optimizer: OptimizerOptions = group(OptimizerOptions, "AdamW and its learning rate")
+    solver: SolverOptions = group(SolverOptions, "how samples are drawn while training")
+    trainer: TrainerOptions = group(_default_training, "Lightning's Trainer: epochs, devices, precision")
+    callbacks: CallbackOptions = group(CallbackOptions, "sample grid, early stopping, weight average")
+    wandb: WandbOptions = group(WandbOptions, "Weights & Biases")
+
+
+@dataclass
+class SampleConfig:
+    """Everything that sample.py can be told."""
+
+    checkpoint: str | None = option(None, "checkpoint to sample from (null: the newest in runs_folder)")
+    num_samples: int = option(64, "images to draw", minimum=1)
+    batch_size: int = option(64, "images per batch", minimum=1)
+    seed: int = option(0, "seed of the noise; image i is the same for every solver", minimum=0, maximum=MAX_SEED)
+    runs_folder: str = option("runs", "folder that holds the runs", non_empty=True)
+    output: str | None = option(None, "folder for the results (null: the folder of the checkpoint's run)")
+    solver: SolverOptions = group(SolverOptions, "how the samples are drawn, and when to stop")
+    compare: CompareOptions = group(CompareOptions, "the baselines that are timed as well")
+    trainer: TrainerOptions = group(TrainerOptions, "Lightning's Trainer: devices, precision")
+    wandb: WandbOptions = group(WandbOptions, "Weights & Biases")
+
+
+def load_config(schema: type[Schema], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Schema:
+    """Read a config: the schema's defaults, then a YAML file, then overrides.
+
+    Args:
+        schema: A dataclass of options, such as `TrainConfig`.
+        path: A YAML file; without one, the defaults alone.
+        overrides: Assignments such as ``"optimizer.lr=3e-4"`` or ``"model.hidden_sizes=[64, 64]"``; later ones win.
+
+    Raises:
+        UserError: The file cannot be read, or an option is unknown, of the wrong type, missing or out of range.
+    """
+    given = OmegaConf.create() if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(given, override)
+    return from_container(schema, typing.cast(dict[str, Any], OmegaConf.to_container(given)))
+
+
+def to_container(config: Any) -> dict[str, Any]:
+    """Return a config as plain dicts, lists and values, such as a checkpoint can hold."""
+    return dataclasses.asdict(config)
+
+
+def from_container(schema: type[Schema], container: dict[str, Any]) -> Schema:
+    """Return the config that plain dicts describe; what they leave out keeps its default.
+
+    Raises:
+        UserError: An option is unknown, of the wrong type, missing or out of range.
+    """
+    typed = OmegaConf.structured(schema)
+    _fill(typed, container, known=option_keys(schema()))
+    try:
+        config = OmegaConf.to_object(typed)
+    except MissingMandatoryValue as error:
+        raise UserError(f"Option '{error.full_key}' needs a value.") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"Cannot resolve option '{error.full_key}': {_first_line(error)}.") from error
+    check_options(config)
+    return typing.cast(Schema, config)
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write a config as YAML that `load_config` reads back to an equal one."""
+    OmegaConf.save(OmegaConf.create(to_container(config)), path)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        known = [file.name for pattern in ("*.yaml", "*.yml") for file in path.parent.glob(pattern)]
+        raise UserError(f"There is no config file '{path}'.{did_you_mean(path.name, known)}") from None
+    except OSError as error:
+        raise UserError(f"Cannot read the config file '{path}': {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The config file '{path}' is not a text file.") from error
+    try:
+        node = yaml.compose(text)
+        if node is None or isinstance(node, yaml.MappingNode):
+            return typing.cast(DictConfig, OmegaConf.create(text))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"The config file '{path}'{line}, is not valid YAML: {error.problem}.") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"Cannot read the config file '{path}': {_first_line(error)}.") from error
+    raise UserError(f"The config file '{path}' must hold 'key: value' lines at its top level, not a list or a text.")
+
+
+def _apply_override(given: DictConfig, override: str) -> None:
+    key, equals, value = (part.strip() for part in override.partition("="))
+    if not (key and equals):
+        raise UserError(f"'{override}' is not of the form key=value, such as seed=7 (without spaces around '=').")
+    if not value:
+        raise UserError(f"The override '{override}' has no value. Write '{key}=null' for none, \"{key}=''\" for empty.")
+    try:
+        given.merge_with_dotlist([override])
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"Cannot read the value of the override '{override}': {error.problem}.") from error
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"Cannot read the override '{override}': {_first_line(error)}.") from error
+
+
+def _fill(typed: DictConfig, given: dict[Any, Any], known: list[str], prefix: str = "") -> None:
+    """Assign plain values to a structured config, one option at a time, so that an error knows its full key."""
+    schema = typing.cast(type, OmegaConf.get_type(typed))
+    specs, hints = fields_of(schema), typing.get_type_hints(schema)
+    for name, value in given.items():
+        key = join_key(prefix, name)
+        spec = specs.get(name)
+        if spec is None:
+            raise UserError(f"Unknown option '{key}'.{_suggest(str(name), list(specs), known)}")
+        if isinstance(spec, Group):
+            if not isinstance(value, dict):
+                example = f"{key}.{next(iter(fields_of(OmegaConf.get_type(typed[name]))))}=..."
+                raise UserError(
+                    f"'{key}' is a group of options and cannot be {format_value(value)}. "
+                    f"Set one of its options, such as {example}"
+                )
+            if spec.kinds and "name" in value:
+                typed[name] = _choose_kind(spec.kinds, value["name"], f"{key}.name")
+            _fill(typed[name], value, known, key)
+        else:
+            try:
+                OmegaConf.update(typed, name, value, merge=False)
+            except (OmegaConfBaseException, TypeError) as error:
+                wanted = describe_type(hints[name])
+                raise UserError(f"Option '{key}' must be of type {wanted}, not {format_value(value)}.") from error
+
+
+def _choose_kind(kinds: typing.Mapping[str, type], name: Any, key: str) -> type:
+    if name not in tuple(kinds):
+        raise UserError(f"Option '{key}' cannot be {format_value(name)}.{did_you_mean(str(name), kinds)}")
+    return kinds[name]
+
+
+def _suggest(name: str, siblings: list[str], known: list[str]) -> str:
+    """Suggest the same name in another group, or else the nearest name in this one."""
+    elsewhere = [repr(key) for key in known if key.rpartition(".")[2] == name]
+    return f" Did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, siblings)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")

@@ -1,0 +1,28 @@
+"""The datasets by name."""
+
+from lit_parallel.data.cifar10 import Cifar10Data
+from lit_parallel.data.image_data import ImageData
+from lit_parallel.data.mnist import MnistData
+from lit_parallel.data.mnist5k import Mnist5kData
+from lit_parallel.data.options import DataOptions
+from lit_parallel.data.photos32 import Photos32Data
+from lit_parallel.errors import UserError, did_you_mean
+
+DATASETS: dict[str, type[ImageData]] = {
+    dataset.name: dataset for dataset in (Mnist5kData, MnistData, Cifar10Data, Photos32Data)
+}
+
+
+def build_data(options: DataOptions, seed: int) -> ImageData:
+    """Return the dataset of a config.
+
+    Args:
+        options: What stands under ``data`` in a config.
+        seed: Chooses the validation images and the order of training; not negative.
+
+    Raises:
+        UserError: If there is no dataset of that name.
+    """
+    if options.name not in DATASETS:
+        raise UserError(f"Unknown dataset '{options.name}' (data.name).{did_you_mean(options.name, DATASETS)}")
+    return DATASETS[options.name](options, seed)

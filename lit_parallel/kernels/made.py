@@ -1,0 +1,274 @@
+"""GS-Jacobi sampling of a MADE with cached pre-activations, a whole sweep in one kernel launch.
+
+One program owns one sample. It walks over aligned windows of equations; for each it sums up once what everything
+final contributes to the pre-activations of the units that the window needs (the cache), then iterates inside the
+window until nothing changes, and moves on. Samples never wait for one another, and no launch or synchronisation
+stands between two iterations.
+
+Every pre-activation is one chain of fused multiply-adds in ascending order of its inputs, from zero, then the bias.
+A cached prefix continues that same chain, so caching changes no bit. cuBLAS sums in the same order with every kernel
+that does not split the inner dimension (``CUBLAS_WORKSPACE_CONFIG=:0:0`` keeps it from splitting at the sizes at hand);
+then the result has the bits of the plain forward pass, and the certificate says so at once. Where cuBLAS sums in
+another order, the certificate's iterations repair the last bits.
+
+The plain reference is :class:`lit_parallel.sampling.made.MadeSystem` under GS-Jacobi.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lit_parallel.kernels import interpreted
+
+if interpreted():
+
+    @triton.jit
+    def _exp(x):
+        return tl.exp(x)
+else:
+    from triton.language.extra import libdevice
+
+    @triton.jit
+    def _exp(x):
+        # The accurate exponential, as in torch; tl.exp is an approximation.
+        return libdevice.exp(x)
+
+
+@triton.jit
+def _chain(acc, weight, stride, columns, mask, vector, start, end, CHUNK: tl.constexpr):
+    """Continue a chain: acc[j] = fma(weight[k, columns[j]], vector[k], acc[j]) for k in [start, end), chunk by chunk.
+
+    The range is rounded up to whole chunks; what lies beyond ``end`` is masked out, which adds nothing.
+    """
+    for chunk in range(start, end, CHUNK):
+        for i in tl.static_range(CHUNK):
+            k = chunk + i
+            w = tl.load(weight + k * stride + columns, mask=mask & (columns * 0 + k < end), other=0.0)
+            v = tl.load(vector + tl.minimum(k, end - 1))
+            acc = tl.fma(w, v, acc)
+    return acc
+
+
+@triton.jit
+def _sweep(
+    x,
+    hidden1,
+    hidden2,
+    noise,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    weight_out,
+    bias_out,
+    first1,
+    end1,
+    first2,
+    end2,
+    iterations,
+    evaluations,
+    frontier,
+    failed,
+    changed_in,
+    residual,
+    batch,
+    length,
+    units1,
+    units2,
+    bound,
+    limit,
+    RECORD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    LANES1: tl.constexpr,
+    LANES2: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    x += sample * length
+    noise += sample * length
+    changed_in += sample * length
+    hidden1 += sample * units1
+    hidden2 += sample * units2
+
+    count = 0  # parallel iterations of this sample
+    work = 0
+    final = 0
+    bad = 0
+    lo = 0
+    while (lo < length) & (bad == 0) & (count < limit):
+        window = lo // WINDOW
+        hi = tl.minimum(lo + WINDOW, length)
+        t = lo + tl.arange(0, WINDOW)
+        inside = t < length
+        u1_first = tl.load(first1 + window)
+        u1_end = tl.load(end1 + window)
+        u2_first = tl.load(first2 + window)
+        u2_end = tl.load(end2 + window)
+        u1 = u1_first + tl.arange(0, LANES1)
+        u2 = u2_first + tl.arange(0, LANES2)
+        in1 = u1 < u1_end
+        in2 = u2 < u2_end
+        b1 = tl.load(bias1 + u1, mask=in1, other=0.0)
+        b2 = tl.load(bias2 + u2, mask=in2, other=0.0)
+        b_mean = tl.load(bias_out + t, mask=inside, other=0.0)
+        b_scale = tl.load(bias_out + length + t, mask=inside, other=0.0)
+        e = tl.load(noise + t, mask=inside, other=0.0)
+
+        # The cache: what is final contributes once to all that this window will need.
+        zeros = tl.zeros([WINDOW], tl.float32)
+        prefix1 = _chain(tl.zeros([LANES1], tl.float32), weight1, units1, u1, in1, x, 0, lo, CHUNK)
+        prefix2 = _chain(tl.zeros([LANES2], tl.float32), weight2, units2, u2, in2, hidden1, 0, u1_first, CHUNK)
+        prefix_mean = _chain(zeros, weight_out, 2 * length, t, inside, hidden2, 0, u2_first, CHUNK)
+        prefix_scale = _chain(zeros, weight_out + length, 2 * length, t, inside, hidden2, 0, u2_first, CHUNK)
+
+        old = tl.load(x + t, mask=inside, other=0.0)
+        last_change = tl.zeros([WINDOW], tl.int32)
+        not_finite = tl.zeros([WINDOW], tl.int32)
+        going = 1
+        before = count
+        while (going == 1) & (count < limit):
+            a1 = _chain(prefix1, weight1, units1, u1, in1, x, lo, hi, CHUNK)
+            tl.store(hidden1 + u1, tl.maximum(a1 + b1, 0.0), mask=in1)
+            tl.debug_barrier()
+            a2 = _chain(prefix2, weight2, units2, u2, in2, hidden1, u1_first, u1_end, CHUNK)
+            tl.store(hidden2 + u2, tl.maximum(a2 + b2, 0.0), mask=in2)
+            tl.debug_barrier()
+            mean = _chain(prefix_mean, weight_out, 2 * length, t, inside, hidden2, u2_first, u2_end, CHUNK) + b_mean
+            scale = (
+                _chain(prefix_scale, weight_out + length, 2 * length, t, inside, hidden2, u2_first, u2_end, CHUNK)
+                + b_scale
+            )
+            new = mean + _exp(scale) * e
+            nan = new != new
+            new = tl.minimum(tl.maximum(new, -bound), bound)
+            new = tl.where(nan, 0.0, new)
+            not_finite = tl.where(nan & inside, 1, 0)
+            moved = inside & (new != old)
+            tl.store(x + t, new, mask=inside)
+            if RECORD:
+                largest = tl.max(tl.where(inside, tl.abs(new - old), 0.0), axis=0)
+                tl.store(residual + count * batch + sample, largest)
+            count += 1
+            work += hi - lo
+            last_change = tl.where(moved, count, last_change)
+            going = tl.max(moved.to(tl.int32), axis=0)
+            old = new
+            tl.debug_barrier()
+        tl.store(changed_in + t, last_change, mask=inside)
+        # Within a settled window the first value that is not finite was computed from final inputs.
+        bad = tl.max(not_finite, axis=0)
+        first_bad = tl.min(tl.where(not_finite == 1, t, length), axis=0)
+        # At the iteration limit, every iteration has made at least one more equation final.
+        final = tl.minimum(tl.where(going == 1, lo + count - before, hi), first_bad)
+        bad = tl.where(going == 1, 0, bad)
+        lo = tl.where(going == 1, lo, hi)
+    tl.store(iterations + sample, count)
+    tl.store(evaluations + sample, work)
+    tl.store(frontier + sample, final)
+    tl.store(failed + sample, bad)
+
+
+@dataclass
+class SweepWeights:
+    """The weights of a folded MADE with two hidden layers, laid out for the kernel.
+
+    Attributes:
+        weight1, weight2: ``[inputs, units]``, units in order of their degree.
+        weight_out: ``[units, 2, length]``: all means, then all log-scales.
+        bias1, bias2: ``[units]``.
+        bias_out: ``[2, length]``.
+        first1, end1, first2, end2: ``[windows]`` int32: the units that each window must compute, per layer.
+        window: Equations per window, a power of two.
+        lanes1, lanes2: Powers of two, at least the most units of any window.
+    """
+
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+    weight_out: Tensor
+    bias_out: Tensor
+    first1: Tensor
+    end1: Tensor
+    first2: Tensor
+    end2: Tensor
+    window: int
+    lanes1: int
+    lanes2: int
+
+
+@dataclass
+class SweepBooks:
+    """What the kernel notes about each sample, ``[batch]`` each but for the last two.
+
+    Attributes:
+        iterations: Parallel iterations.
+        evaluations: Equations evaluated.
+        frontier: Leading equations that are final.
+        failed: Whether the equation behind them has a value that is not finite.
+        changed_in: ``[batch, length]`` iteration in which each equation changed last.
+        residual: ``[limit, batch]`` largest change in each iteration, or ``None``.
+    """
+
+    iterations: Tensor
+    evaluations: Tensor
+    frontier: Tensor
+    failed: Tensor
+    changed_in: Tensor
+    residual: Tensor | None
+
+
+def sweep(
+    x: Tensor, hidden: list[Tensor], noise: Tensor, weights: SweepWeights, books: SweepBooks, bound: float, limit: int
+) -> None:
+    """Solve all samples by GS-Jacobi, from the iterate ``x`` on, in place.
+
+    Args:
+        x: ``[batch, length]`` iterate.
+        hidden: Two buffers ``[batch, units]``; what they hold does not matter.
+        noise: ``[batch, length]``.
+        weights: Of a MADE with two hidden layers.
+        books: Filled in.
+        bound: Values are truncated to [-bound, bound].
+        limit: Most iterations of a sample.
+    """
+    batch, length = x.shape
+    _sweep[(batch,)](
+        x,
+        hidden[0],
+        hidden[1],
+        noise,
+        weights.weight1,
+        weights.bias1,
+        weights.weight2,
+        weights.bias2,
+        weights.weight_out,
+        weights.bias_out,
+        weights.first1,
+        weights.end1,
+        weights.first2,
+        weights.end2,
+        books.iterations,
+        books.evaluations,
+        books.frontier,
+        books.failed,
+        books.changed_in,
+        books.residual if books.residual is not None else books.changed_in,
+        batch,
+        length,
+        len(weights.bias1),
+        len(weights.bias2),
+        bound,
+        limit,
+        RECORD=books.residual is not None,
+        WINDOW=weights.window,
+        LANES1=weights.lanes1,
+        LANES2=weights.lanes2,
+        CHUNK=16,
+        num_warps=2,
+        enable_fp_fusion=False,  # only the chains are fused, as written
+    )

@@ -1,0 +1,1 @@
+"""LightningModules: models that can be trained here and sampled by any solver."""

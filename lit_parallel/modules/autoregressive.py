@@ -1,0 +1,110 @@
+"""What every autoregressive model of images shares: training on the negative log-likelihood, and sampling hooks."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lit_parallel.metrics import BitsPerDimension
+from lit_parallel.modules.options import OptimizerOptions
+from lit_parallel.systems import TriangularSystem
+
+
+class AutoregressiveModule(pl.LightningModule):
+    """Base of the models that can be trained here and sampled by any solver.
+
+    Args:
+        image_shape: Channels, height, width.
+        optimizer: Optimiser and schedule.
+        config: The resolved config as plain containers; stored in checkpoints, so that these suffice for sampling.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], optimizer: OptimizerOptions, config: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.image_shape = tuple(image_shape)
+        self.length = math.prod(image_shape)
+        self.optimizer_options = optimizer
+        # Plain containers only: torch.load(weights_only=True) refuses anything else.
+        self.hparams.update({"config": config, "image_shape": list(image_shape)})
+        self.validation_bits = BitsPerDimension()
+        self.test_bits = BitsPerDimension()
+
+    # -- what a model must say ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def log_likelihood(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Log-likelihood of 8-bit images ``[batch, channels, height, width]`` in nats, ``[batch]``.
+
+        Args:
+            images: The images.
+            noise: Uniform noise in [0, 1), same shape, for models of dequantised pixels.
+        """
+
+    @abstractmethod
+    def sampling_system(self, batch_size: int, *, incremental: bool) -> TriangularSystem:
+        """Sampling as a triangular system with buffers for the noise of a batch.
+
+        Args:
+            batch_size: Samples per batch, fixed: the last batch is padded.
+            incremental: Evaluate from caches, if the model can; otherwise every evaluation is a full forward pass.
+        """
+
+    @abstractmethod
+    def load_noise(self, system: TriangularSystem, seed: int, indices: list[int]) -> None:
+        """Fill the system's noise for the samples with these indices; each sample's depends on nothing else."""
+
+    @abstractmethod
+    def images(self, system: TriangularSystem, value: Tensor) -> Tensor:
+        """A solution ``[batch, length, ...]`` as 8-bit images ``[batch, channels, height, width]``."""
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        images = batch[0]
+        noise = torch.rand(images.shape, device=images.device)
+        loss = -self.log_likelihood(images, noise).mean() / self.length
+        self.log("train/loss", loss)
+        self.log("train/bits_per_dim", loss.detach() / math.log(2), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        self._evaluate(batch, batch_index, self.validation_bits, "val/bits_per_dim")
+
+    def test_step(self, batch: Any, batch_index: int) -> None:
+        self._evaluate(batch, batch_index, self.test_bits, "test/bits_per_dim")
+
+    def _evaluate(self, batch: Any, batch_index: int, metric: BitsPerDimension, name: str) -> None:
+        images = batch[0]
+        # The same dequantisation in every epoch, so that curves and checkpoints are comparable.
+        generator = torch.Generator().manual_seed(batch_index)
+        noise = torch.rand(images.shape, generator=generator).to(images.device)
+        metric.update(self.log_likelihood(images, noise), self.length)
+        self.log(name, metric, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        options = self.optimizer_options
+        optimizer = torch.optim.AdamW(
+            self.parameters(),
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+        )
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        warmup = max(int(options.warmup_fraction * total), 1)
+        final = options.final_lr_fraction
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,227 @@
+"""What a sampling run leaves: ``report.json``, pictures, and the table that is printed."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lit_parallel.config import SampleConfig, to_container
+from lit_parallel.modules.autoregressive import AutoregressiveModule
+from lit_parallel.plots import Convergence, convergence_figure, save_figure, save_image_grid
+from lit_parallel.sampling.compare import Measurement, compare, convergence_curves
+from lit_parallel.sampling.predict import read_parts
+from lit_parallel.solution import Solution
+
+GRID_IMAGES = 100
+"""At most so many images are drawn in ``samples.png``."""
+
+
+@dataclass
+class SamplingResults:
+    """What a sampling run found.
+
+    Attributes:
+        folder: The run folder, with ``report.json``, ``samples.png`` and ``convergence.png``.
+        images: 8-bit images ``[num_samples, channels, height, width]``.
+        solution: Of all samples.
+        measurements: The solver and the baselines, on the first batch.
+        report: What ``report.json`` holds.
+        title: What the measurements were made on.
+        notes: Lines for the user.
+    """
+
+    folder: Path
+    images: torch.Tensor
+    solution: Solution
+    measurements: list[Measurement]
+    report: dict[str, Any]
+    title: str
+    notes: list[str]
+
+    @property
+    def wall_clock_speedup(self) -> float | None:
+        """Of the solver over the first baseline."""
+        return next(iter(self.measurements[0].speedup.values()), None) if self.measurements else None
+
+
+def write_results(
+    config: SampleConfig, model: AutoregressiveModule, parts: Path, folder: Path, checkpoint: Path
+) -> SamplingResults:
+    """Join what the processes wrote, measure the baselines on the first batch, and write report and pictures.
+
+    They are kept in the parts' parent folder; the run folder itself always holds the newest.
+
+    Args:
+        config: The resolved config.
+        model: The model, on the device to measure on.
+        parts: The folder of the parts; removed at the end.
+        folder: The run folder.
+        checkpoint: What the model was loaded from.
+    """
+    images, solution = read_parts(parts, config.num_samples)
+    batch_size = min(config.batch_size, config.num_samples)
+    first_batch = list(range(batch_size))
+    kept = parts.parent
+    save_image_grid(images[:GRID_IMAGES], kept / "samples.png")
+    torch.save(images, kept / "images.pt")
+    baselines = config.compare.baselines
+    measurements = compare(
+        model,
+        [config.solver],
+        baselines,
+        batch_size=batch_size,
+        seed=config.seed,
+        indices=first_batch,
+        repeats=config.compare.repeats,
+    )
+    exact = measurements[0].solution
+    if config.compare.curves and exact.all_solved:
+        others = [name for name in ("jacobi", "sequential") if name != config.solver.name]
+        curves = convergence_curves(
+            model,
+            [config.solver, *others],
+            batch_size=batch_size,
+            seed=config.seed,
+            indices=first_batch,
+            exact=exact.value,
+        )
+        figure = convergence_figure([Convergence(*curve) for curve in curves], exact.length)
+        save_figure(figure, kept / "convergence.png")
+    facts = environment(exact.value.device)
+    title = (
+        f"{batch_size} images of {exact.length} equations each, {facts['device_name']}, "
+        f"{'float64' if exact.value.dtype == torch.float64 else 'float32'}, "
+        f"median of {config.compare.repeats} runs"
+    )
+    report = {
+        "checkpoint": str(checkpoint),
+        "config": to_container(config),
+        "environment": facts,
+        "certified": bool(solution.certified.all()),
+        "solution": solution.summary(),
+        "comparison": {"what": title, "rows": [measurement.row() for measurement in measurements]},
+        "samples": per_sample(solution),
+    }
+    write_json(report, kept / "report.json")
+    for name in ("report.json", "samples.png", "convergence.png"):
+        if (kept / name).is_file():
+            shutil.copyfile(kept / name, folder / name)
+    shutil.rmtree(parts)
+    return SamplingResults(folder, images, solution, measurements, report, title, _notes(solution, folder, kept))
+
+
+def _notes(solution: Solution, folder: Path, kept: Path) -> list[str]:
+    summary = solution.summary()
+    certified = int(solution.certified.sum())
+    lines = [f"{len(solution.status)} images sampled; {certified} certified bit for bit by a full evaluation"]
+    if not solution.all_solved:
+        lines.append(f"not all were solved: {summary['status']}")
+    lines.append(
+        f"look at {folder / 'samples.png'} and {folder / 'convergence.png'}; numbers in {folder / 'report.json'}"
+    )
+    lines.append(f"images as a tensor, and copies of the above: {kept}")
+    return lines
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The device and the versions that a number belongs to."""
+    names = ("lit-parallel", "torch", "pytorch-lightning", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "device_name": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+    if device.type == "cuda":
+        facts["device_name"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+        facts["tf32"] = torch.backends.cuda.matmul.allow_tf32
+    return facts
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def per_sample(solution: Solution) -> dict[str, list[Any]]:
+    """Status and counts of every sample."""
+    return {
+        "status": [status.name.lower() for status in solution.status],
+        "certified": solution.certified.tolist(),
+        "iterations": solution.iterations.tolist(),
+        "certificate_iterations": solution.certificate_iterations.tolist(),
+        "evaluations": solution.evaluations.tolist(),
+    }
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a report; a number that JSON cannot hold becomes null."""
+    text = json.dumps(content, indent=2, default=str, allow_nan=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(_finite(json.loads(text)), indent=2, allow_nan=False) + "\n")
+    unfinished.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
+
+
+def print_table(measurements: Sequence[Measurement], *, title: str, baselines: Sequence[str]) -> None:
+    """Print one line per solver: iterations, work and time side by side, never mixed."""
+    table = Table(title=title, title_justify="left", title_style="")
+    table.add_column("solver", no_wrap=True)
+    columns = ["iterations\nmean / max", "iteration\nspeedup", "work\n(sweeps)", "seconds"]
+    for name in (*columns, *(f"speedup over\n{name}" for name in baselines), "bitwise equal\nto sequential"):
+        table.add_column(name, justify="right")
+    for measurement in measurements:
+        numbers = measurement.solution.summary()
+        certificate = numbers["certificate_iterations_max"]
+        iterations = f"{numbers['iterations_mean']:.1f} / {numbers['iterations_max']}"
+        table.add_row(
+            measurement.solver,
+            iterations + (f" + {certificate}" if certificate else ""),
+            f"{numbers['iteration_speedup']:.1f}x",
+            f"{numbers['work']:.1f}",
+            f"{measurement.median_seconds:.4f}",
+            *(f"{measurement.speedup[name]:.2f}x" for name in baselines),
+            _equality(measurement),
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+
+
+def _equality(measurement: Measurement) -> str:
+    if measurement.equal is None:
+        return "not compared"
+    return "yes" if measurement.equal else f"no (by {measurement.largest_difference:.0e})"

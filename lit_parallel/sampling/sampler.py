@@ -1,0 +1,136 @@
+"""Sampling a model with any solver, in batches of one fixed shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lit_parallel.errors import UserError
+from lit_parallel.solution import Solution, concatenate
+from lit_parallel.solvers import Sequential, Solver, SolverLoop, SolverOptions, Stopping, build_solver
+from lit_parallel.solvers.loop import Observer
+from lit_parallel.systems import TriangularSystem
+
+CACHED_SEQUENTIAL = "cached_sequential"
+"""Ordinary sequential sampling with every activation computed once: the honest rival."""
+
+
+class SamplingModel(Protocol):
+    """What a model must offer to be sampled (see :class:`lit_parallel.modules.AutoregressiveModule`)."""
+
+    length: int
+
+    def sampling_system(self, batch_size: int, *, incremental: bool) -> TriangularSystem: ...
+
+    def load_noise(self, system: TriangularSystem, seed: int, indices: list[int]) -> None: ...
+
+    def images(self, system: TriangularSystem, value: Tensor) -> Tensor: ...
+
+
+class Sampler:
+    """Samples batches of a fixed size; keeps the system, and on a GPU the captured graph, from batch to batch.
+
+    Args:
+        model: The model, on its device, with the weights to use.
+        solver: ``SolverOptions``, or the name of a solver, or ``"cached_sequential"``.
+        batch_size: Samples per batch.
+        seed: Seed of the noise; sample i of a seed is always the same image.
+        record_residual: Keep the largest change of every iteration.
+    """
+
+    def __init__(
+        self,
+        model: SamplingModel,
+        solver: SolverOptions | str,
+        batch_size: int,
+        seed: int,
+        *,
+        record_residual: bool = False,
+    ) -> None:
+        if batch_size < 1 or seed < 0:
+            raise UserError(f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}")
+        options = SolverOptions(name=solver) if isinstance(solver, str) and solver != CACHED_SEQUENTIAL else solver
+        self.model, self.batch_size, self.seed = model, batch_size, seed
+        schedule: Solver
+        if isinstance(options, str):  # cached sequential: the ordinary algorithm needs no certificate
+            self.name, schedule, options = options, Sequential(), SolverOptions(name="sequential", certify=False)
+        else:
+            self.name, schedule = options.name, build_solver(options)
+        incremental = self.name in (CACHED_SEQUENTIAL, "gs_jacobi")
+        self.system = model.sampling_system(batch_size, incremental=incremental)
+        self.loop = SolverLoop(
+            self.system,
+            schedule,
+            Stopping(options.max_iterations, options.absolute_tolerance, options.relative_tolerance),
+            # Plain sequential evaluation is the definition: nothing to certify.
+            certify=options.certify and not schedule.predetermined,
+            record_residual=record_residual,
+            cuda_graph=options.cuda_graph,
+        )
+
+    def batch(self, indices: Sequence[int], observer: Observer | None = None) -> tuple[Tensor, Solution]:
+        """Sample the images with these indices.
+
+        Args:
+            indices: At most ``batch_size`` sample indices; a shorter batch is padded, so that the shape of the
+                network's evaluation, and with it every bit of the result, stays the same.
+            observer: Called with every iterate (slow).
+
+        Returns:
+            8-bit images ``[len(indices), channels, height, width]``, and the solution for them.
+        """
+        count = len(indices)
+        if not 1 <= count <= self.batch_size:
+            raise UserError(f"a batch holds 1 to {self.batch_size} samples, got {count}")
+        padded = [*indices, *range(indices[-1] + 1, indices[-1] + 1 + self.batch_size - count)]
+        self.model.load_noise(self.system, self.seed, padded)
+        solution = self.loop.run(observer=observer)
+        solution.solver = self.name
+        solution = solution.first(count)
+        return self.model.images(self.system, solution.value), solution
+
+
+def batches(num_samples: int, batch_size: int) -> Iterator[list[int]]:
+    """Sample indices in batches; which batch an index is in depends on nothing but the batch size."""
+    for start in range(0, num_samples, batch_size):
+        yield list(range(start, min(start + batch_size, num_samples)))
+
+
+def sample(
+    model: SamplingModel,
+    num_samples: int = 64,
+    *,
+    solver: SolverOptions | str = "gs_jacobi",
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> tuple[Tensor, Solution]:
+    """Sample images from a trained model.
+
+    Args:
+        model: The model, on the device to use.
+        num_samples: How many images.
+        solver: ``SolverOptions`` or the name of a solver.
+        seed: Image i of a seed is the same for every solver and batch size (between batch sizes up to the rounding
+            of the matrix products).
+        batch_size: Images per batch; by default 64, or all if there are fewer.
+
+    Returns:
+        8-bit images ``[num_samples, channels, height, width]`` on the CPU, and the :class:`Solution` of all of them.
+
+    Example:
+        >>> model = lit_parallel.load("runs/made_mnist5k/2026-01-01_12-00-00/checkpoints/last.ckpt")
+        >>> images, solution = lit_parallel.sample(model, 64, solver="gs_jacobi", seed=7)
+    """
+    if num_samples < 1:
+        raise UserError(f"num_samples must be at least 1, got {num_samples}")
+    size = min(64, num_samples) if batch_size is None else batch_size
+    sampler = Sampler(model, solver, size, seed)
+    images, solutions = [], []
+    for indices in batches(num_samples, size):
+        batch_images, solution = sampler.batch(indices)
+        images.append(batch_images.cpu())
+        solutions.append(solution.cpu())
+    return torch.cat(images), concatenate(solutions)

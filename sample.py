@@ -1,0 +1,97 @@
+"""Sample a trained model by parallel iteration: ``python sample.py [--checkpoint PATH] [key=value ...]``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+def sample(config: Any) -> Any:
+    """Sample as a :class:`lit_parallel.config.SampleConfig` says.
+
+    Returns:
+        :class:`lit_parallel.report.SamplingResults` on the first process, ``None`` on the others.
+
+    Example:
+        >>> from lit_parallel.config import SampleConfig, load_config
+        >>> result = sample(load_config(SampleConfig, overrides=["num_samples=16", "solver.name=jacobi"]))
+    """
+    from pytorch_lightning.callbacks import RichProgressBar
+
+    from lit_parallel.checkpoint import load, saved_config
+    from lit_parallel.config import to_container
+    from lit_parallel.report import print_table, write_results
+    from lit_parallel.runs import new_run_folder, newest_checkpoint, run_folder_of
+    from lit_parallel.sampling.predict import PartWriter, SampleIndices, SamplingModule
+    from lit_parallel.solvers import build_solver
+    from lit_parallel.tracking import build_logger, finish, how_to_look, log_sampling
+    from lit_parallel.trainer import build_trainer, check_precision
+
+    # Everything that can be wrong is tried before anything is written.
+    check_precision(config.trainer)
+    build_solver(config.solver)
+    checkpoint = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.runs_folder)
+    model = load(checkpoint)
+    experiment = saved_config(model).experiment
+    folder = Path(config.output) if config.output else run_folder_of(checkpoint)
+    folder = folder or new_run_folder(config.runs_folder, experiment)
+
+    writer = PartWriter(folder / "sampling" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S") / "parts")
+    progress = [RichProgressBar(leave=False)] if config.trainer.enable_progress_bar is not False else []
+    trainer = build_trainer(
+        config.trainer,
+        callbacks=[writer, *progress],
+        logger=False,
+        use_distributed_sampler=False,  # it would deal out single samples, not whole batches
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    logger = build_logger(config.wandb, folder, config=to_container(config), experiment=experiment, job_type="sample")
+    batch_size = min(config.batch_size, config.num_samples)
+    try:
+        module = SamplingModule(model, config.solver, batch_size, config.seed)
+        trainer.predict(module, SampleIndices(config.num_samples, batch_size), return_predictions=False)
+        device = trainer.strategy.root_device
+        trainer.strategy.barrier("all parts are written")
+        if not trainer.is_global_zero:
+            return None
+        results = write_results(config, model.to(device), writer.folder, folder, checkpoint)
+        if logger is not None:
+            rows = [measurement.row() for measurement in results.measurements]
+            log_sampling(logger, results.solution, results.images, rows, results.wall_clock_speedup)
+    finally:
+        finish(logger)
+    print_table(results.measurements, title=results.title, baselines=config.compare.baselines)
+    for line in [*results.notes, *([] if logger is None else how_to_look(logger))]:
+        print(line)
+    return results
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    from lit_parallel.cli import parse_arguments
+    from lit_parallel.config import SampleConfig
+
+    config = parse_arguments(
+        SampleConfig,
+        argv,
+        program="python sample.py",
+        description="Sample a trained model by parallel iteration, with the same result as sequentially.",
+        examples=[
+            "python sample.py",
+            "python sample.py --checkpoint PATH solver.name=jacobi_gs solver.block_size=28 seed=7",
+            "python sample.py num_samples=1000 batch_size=100 trainer.devices=2 compare.baselines=[]",
+        ],
+    )
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sample(config)
+
+
+if __name__ == "__main__":
+    from lit_parallel.cli import run_command
+
+    sys.exit(run_command(main))

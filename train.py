@@ -1,0 +1,114 @@
+"""Train a model: ``python train.py [--config PATH] [key=value ...]``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "made_mnist5k.yaml"
+
+
+@dataclass
+class TrainResult:
+    """What :func:`train` returns.
+
+    Attributes:
+        folder: The run folder.
+        checkpoint: The last checkpoint, or ``None`` if none was written (``fast_dev_run``).
+        metrics: The last value of every logged metric.
+        model: The trained LightningModule.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    metrics: dict[str, float]
+    model: Any
+
+
+def train(config: Any) -> TrainResult:
+    """Train as a :class:`lit_parallel.config.TrainConfig` says.
+
+    Example:
+        >>> from lit_parallel.config import TrainConfig, load_config
+        >>> result = train(load_config(TrainConfig, "configs/made_mnist5k.yaml", ["trainer.max_epochs=3"]))
+    """
+    import pytorch_lightning as pl
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from callbacks import build_training_callbacks
+    from lit_parallel.checkpoint import build_model
+    from lit_parallel.config import save_config, to_container
+    from lit_parallel.data.datasets import build_data
+    from lit_parallel.runs import new_run_folder
+    from lit_parallel.tracking import build_logger, finish, how_to_look
+    from lit_parallel.trainer import build_trainer
+
+    # Everything that can be wrong is tried before a run folder exists.
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = build_data(config.data, config.seed)
+    data.prepare_data()
+    data.setup("fit")
+    model = build_model(config, data.image_shape)
+    folder = new_run_folder(config.runs_folder, config.experiment)
+    container = to_container(config)
+    logger = build_logger(config.wandb, folder, config=container, experiment=config.experiment, job_type="train")
+    trainer = build_trainer(
+        config.trainer,
+        callbacks=build_training_callbacks(config, folder),
+        logger=logger if logger is not None else False,
+        default_root_dir=folder,
+    )
+    if trainer.is_global_zero:
+        save_config(config, folder / "config.yaml")
+        print(f"{config.experiment}: {sum(p.numel() for p in model.parameters()):,} parameters; run folder {folder}")
+    try:
+        trainer.fit(model, datamodule=data)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    finally:
+        finish(logger)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    result = TrainResult(folder, checkpoint if checkpoint.is_file() else None, metrics, model)
+    rank_zero_only(_report)(result, [] if logger is None else how_to_look(logger))
+    return result
+
+
+def _report(result: TrainResult, hints: list[str]) -> None:
+    for name in ("train/bits_per_dim", "val/bits_per_dim"):
+        if name in result.metrics:
+            print(f"{name}: {result.metrics[name]:.3f}")
+    if result.checkpoint is not None:
+        print(f"checkpoint: {result.checkpoint}")
+        print(f"sample it:  python sample.py --checkpoint {result.checkpoint}")
+    for line in hints:
+        print(line)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    from lit_parallel.cli import parse_arguments
+    from lit_parallel.config import TrainConfig
+
+    config = parse_arguments(
+        TrainConfig,
+        argv,
+        program="python train.py",
+        description="Train a model; everything it leaves is in runs/<experiment>/<time>/.",
+        examples=[
+            "python train.py",
+            "python train.py --config configs/made_cifar10.yaml trainer.max_epochs=3 data.folder=PATH",
+            "python train.py optimizer.lr=3e-4 model.hidden_sizes=[1024,1024] wandb.mode=disabled",
+        ],
+        default_config=DEFAULT_CONFIG,
+    )
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    train(config)
+
+
+if __name__ == "__main__":
+    from lit_parallel.cli import run_command
+
+    sys.exit(run_command(main))
