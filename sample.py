@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,14 @@ def sample(config: Any) -> Any:
     from lit_parallel.sampling.predict import PartWriter, SampleIndices, SamplingModule
     from lit_parallel.solvers import build_solver
     from lit_parallel.tracking import build_logger, finish, how_to_look, log_sampling
-    from lit_parallel.trainer import build_trainer, check_precision
+    from lit_parallel.trainer import build_trainer, check_precision, check_trainer
 
+    # Before CUDA starts: cuBLAS is not to split inner dimensions, so that cached sums have the bits of full ones. Where
+    # it is too late for that, the certificate needs a few more iterations.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     # Everything that can be wrong is tried before anything is written.
     check_precision(config.trainer)
+    check_trainer(config.trainer)
     build_solver(config.solver)
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.runs_folder)
     model = load(checkpoint)
@@ -40,7 +44,7 @@ def sample(config: Any) -> Any:
     folder = Path(config.output) if config.output else run_folder_of(checkpoint)
     folder = folder or new_run_folder(config.runs_folder, experiment)
 
-    writer = PartWriter(folder / "sampling" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S") / "parts")
+    writer = PartWriter(new_run_folder(folder, "sampling") / "parts")
     progress = [RichProgressBar(leave=False)] if config.trainer.enable_progress_bar is not False else []
     trainer = build_trainer(
         config.trainer,
@@ -48,7 +52,6 @@ def sample(config: Any) -> Any:
         logger=False,
         use_distributed_sampler=False,  # it would deal out single samples, not whole batches
         enable_checkpointing=False,
-        enable_model_summary=False,
     )
     logger = build_logger(config.wandb, folder, config=to_container(config), experiment=experiment, job_type="sample")
     batch_size = min(config.batch_size, config.num_samples)

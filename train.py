@@ -45,9 +45,10 @@ def train(config: Any) -> TrainResult:
     from lit_parallel.data.datasets import build_data
     from lit_parallel.runs import new_run_folder
     from lit_parallel.tracking import build_logger, finish, how_to_look
-    from lit_parallel.trainer import build_trainer
+    from lit_parallel.trainer import build_trainer, check_trainer
 
     # Everything that can be wrong is tried before a run folder exists.
+    check_trainer(config.trainer)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config.data, config.seed)
     data.prepare_data()

@@ -1,15 +1,17 @@
 """The callbacks of a training run, from its config."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
+    WeightAveraging,
 )
+from torch import Tensor
 
 from callbacks.sample_grid import SampleGrid
 from lit_parallel.config import TrainConfig
@@ -47,7 +49,7 @@ def build_training_callbacks(config: TrainConfig, folder: Path) -> list[pl.Callb
             )
         )
     if options.ema.enabled:  # after the sample grid, which is to see the averaged weights
-        callbacks.append(EMAWeightAveraging(decay=options.ema.decay, use_buffers=False))
+        callbacks.append(WeightAveraging(avg_fn=_moving_average(options.ema.decay), use_buffers=False))
     if options.early_stopping.enabled:
         if monitor is None:
             raise UserError("callbacks.early_stopping needs validation images: set data.validation_fraction=0.1.")
@@ -57,3 +59,16 @@ def build_training_callbacks(config: TrainConfig, folder: Path) -> list[pl.Callb
     if config.trainer.enable_progress_bar is not False:
         callbacks.append(RichProgressBar(leave=False))
     return callbacks
+
+
+def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """An exponential moving average whose decay rises to ``decay``, so that short trainings are not ruled by the start.
+
+    The decay of update n is ``min(decay, (1 + n) / (10 + n))``.
+    """
+
+    def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+        n = float(updates)
+        return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return average

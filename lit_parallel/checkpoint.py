@@ -23,7 +23,8 @@ def build_model(config: TrainConfig, image_shape: tuple[int, int, int]) -> Autor
         config: The resolved config; the checkpoint will hold it as plain containers.
         image_shape: Channels, height, width of the data.
     """
-    return _MODULES[config.model.name](config.model, image_shape, config.optimizer, to_container(config))
+    build: Any = _MODULES[config.model.name]
+    return build(config.model, image_shape, config.optimizer, to_container(config))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> AutoregressiveModule:

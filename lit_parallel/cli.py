@@ -1,6 +1,7 @@
 """The command line of train.py and sample.py: flags, ``key=value`` overrides, and help made from the schema."""
 
 import difflib
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -91,9 +92,9 @@ def parse_arguments(
         if not equals and metavar and arguments and (metavar == "PATH" or _names_group(arguments[0])):
             value = arguments.pop(0)
         if flag == "--help":
-            _leave(lambda topic=value: _print_help(page, topic))
+            _leave(functools.partial(_print_help, page, value))
         elif flag == "--version":
-            _leave(lambda: print(_version()))
+            _leave(functools.partial(print, _version()))
         elif not value:
             raise UserError(f"{flag} needs a path, as in {flag} PATH.")
         elif flag == "--config":

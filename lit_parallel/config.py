@@ -141,8 +141,8 @@ class CompareOptions:
 
 
 def _default_training() -> TrainerOptions:
-    # Lightning's own 1000 epochs and 50 steps between values suit no data set of 45 batches.
-    return TrainerOptions(max_epochs=50, log_every_n_steps=10)
+    # Lightning's own 1000 epochs and 50 steps between values suit no data set of 45 batches; train.py prints the size.
+    return TrainerOptions(max_epochs=50, log_every_n_steps=10, enable_model_summary=False)
 
 
 @dataclass

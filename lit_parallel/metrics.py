@@ -52,10 +52,10 @@ class Iterations(Metric):
 
     def update(self, solution: Solution) -> None:
         """Add the samples of a solution, the certificate's iterations included."""
-        iterations = solution.total_iterations.double()
+        iterations = solution.total_iterations.to(self.total)
         self.total += iterations.sum()
         self.count += iterations.numel()
-        self.largest = torch.maximum(self.largest, iterations.max().to(self.largest))
+        self.largest = torch.maximum(self.largest, iterations.max())
 
     def compute(self) -> dict[str, Tensor]:
         return {"mean": (self.total / self.count).float(), "max": self.largest.float()}

@@ -1,4 +1,4 @@
-"""Pictures: grids of images and figures of convergence, drawn without a display and without matplotlib's global state."""
+"""Pictures: grids of images and figures of convergence, without a display and without global state."""
 
 import math
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def image_grid(
     for name, value, least in (("columns", columns, 1), ("padding", padding, 0), ("scale", scale, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
-    n, channels, height, width = images.shape
+    n, _, height, width = images.shape
     columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = math.ceil(n / columns)
 
@@ -114,26 +114,28 @@ def convergence_figure(curves: list[Convergence], length: int, unit: str = "") -
     """
     if not curves:
         raise ValueError("there is no curve to draw")
-    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"Convergence to the sequential result, T = {length} equations", fontsize=12)
     error_axes, change_axes = figure.subplots(1, 2, sharex=True)
     suffix = f" [{unit}]" if unit else ""
-    label = r"error  $\max_t |x^{(k)}_t - x^{\mathrm{sequential}}_t|$"
-    _draw_panel(error_axes, [(curve.solver, curve.error) for curve in curves], 0, length, label + suffix)
-    label = r"forward difference  $\max_t |x^{(k)}_t - x^{(k-1)}_t|$"
-    _draw_panel(change_axes, [(curve.solver, curve.change) for curve in curves], 1, length, label + suffix)
+    error_axes.set_title("Error (distance to the sequential result)", fontsize=10)
+    _draw_panel(error_axes, [(curve.solver, curve.error) for curve in curves], 0, length)
+    error_axes.set_ylabel(rf"$\max_t\,|x^{{(k)}}_t - x_t|${suffix}")
+    change_axes.set_title("Forward difference (change in one iteration)", fontsize=10)
+    _draw_panel(change_axes, [(curve.solver, curve.change) for curve in curves], 1, length)
+    change_axes.set_ylabel(rf"$\max_t\,|x^{{(k)}}_t - x^{{(k-1)}}_t|${suffix}")
 
     lines, names = error_axes.get_legend_handles_labels()
     zero = Line2D([], [], color="0.35", linestyle="none", marker="o", markersize=6)
     figure.legend(
         [*lines, zero],
-        [*names, "marker on the line 0: exactly zero from here on"],
+        [*names, "marker: exactly zero from here on"],
         loc="outside lower center",
-        ncols=min(len(curves) + 1, 3),
+        ncols=min(len(curves) + 1, 5),
         frameon=False,
         fontsize=9,
-        handlelength=3.2,
+        handlelength=3,
     )
     return figure
 
@@ -143,7 +145,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=200)
 
 
-def _draw_panel(axes: Axes, curves: list[tuple[str, Tensor]], first: int, length: int, label: str) -> None:
+def _draw_panel(axes: Axes, curves: list[tuple[str, Tensor]], first: int, length: int) -> None:
     """Draw ``(solver, values)`` curves whose values belong to the iterations ``first, first + 1, ...``."""
     arrays = [(solver, values.detach().double().cpu().numpy()) for solver, values in curves]
     positive = np.concatenate([values[np.isfinite(values) & (values > 0)] for _, values in arrays])
@@ -163,7 +165,7 @@ def _draw_panel(axes: Axes, curves: list[tuple[str, Tensor]], first: int, length
             label=solver,
             color=_COLOURS[i % len(_COLOURS)],
             linestyle=_LINE_STYLES[i % len(_LINE_STYLES)],
-            linewidth=1.8,
+            linewidth=1.5,
             marker=_MARKERS[i % len(_MARKERS)],
             markevery=[len(x) - 1] if ends_in_zero else [],
             markersize=6,
@@ -177,7 +179,6 @@ def _draw_panel(axes: Axes, curves: list[tuple[str, Tensor]], first: int, length
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(zero_line / 2, 10.0 ** exponents[-1] * 2)
     axes.axhline(zero_line, color="0.6", linewidth=0.8)
-    axes.set_ylabel(label)
 
     # Linear up to 1, so that iteration 0 has a place; logarithmic from there on.
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
@@ -186,7 +187,7 @@ def _draw_panel(axes: Axes, curves: list[tuple[str, Tensor]], first: int, length
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(-0.1, length * 1.2)
     axes.axvline(length, color="0.6", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("parallel iterations k")
+    axes.set_xlabel("parallel iteration k")
 
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)

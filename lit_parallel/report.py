@@ -200,7 +200,11 @@ def print_table(measurements: Sequence[Measurement], *, title: str, baselines: S
     table = Table(title=title, title_justify="left", title_style="")
     table.add_column("solver", no_wrap=True)
     columns = ["iterations\nmean / max", "iteration\nspeedup", "work\n(sweeps)", "seconds"]
-    for name in (*columns, *(f"speedup over\n{name}" for name in baselines), "bitwise equal\nto sequential"):
+    for name in (
+        *columns,
+        *(f"speedup over\n{name.replace('_', ' ')}" for name in baselines),
+        "bitwise equal\nto sequential",
+    ):
         table.add_column(name, justify="right")
     for measurement in measurements:
         numbers = measurement.solution.summary()
@@ -217,7 +221,7 @@ def print_table(measurements: Sequence[Measurement], *, title: str, baselines: S
         )
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=110)
     console.print(table)
 
 

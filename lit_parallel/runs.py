@@ -19,7 +19,7 @@ def new_run_folder(runs_folder: str | Path, experiment: str) -> Path:
     parent = Path(runs_folder) / experiment
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = parent / stamp
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         return folder
     for attempt in range(2, 1000):
         try:

@@ -119,7 +119,7 @@ class Solution:
             "iterations_mean": float(self.iterations.double().mean()),
             "iterations_max": int(self.iterations.max()),
             "certificate_iterations_max": int(self.certificate_iterations.max()),
-            "iteration_speedup": float(self.length / total.mean().clamp(min=1)),
+            "iteration_speedup": self.length / max(float(total.mean()), 1.0),
             "work": float(self.work.double().mean()),
             "seconds": self.seconds,
             "certificate_seconds": self.certificate_seconds,

@@ -53,7 +53,8 @@ class Evaluation:
     Attributes:
         equations: The equations that were really evaluated; may be more than were asked for.
         change: ``[batch, width]`` distance between the old and the new value of each, not-a-number where the new value
-            was not finite (and the iterate was therefore reset to the initial guess).
+            was not finite (and the iterate was therefore reset to the initial guess). Not looked at when a single
+            equation is evaluated in a predetermined sweep.
         value: ``[batch, width, ...]`` the new values, against which a relative tolerance is measured, or ``None`` if
             the system has no notion of their size.
         fused: Books of an evaluation that ran to the end; then nothing else counts.
@@ -93,7 +94,7 @@ class TriangularSystem(ABC):
     def window(self) -> int:
         return max(1, -(-self.length // 8))
 
-    def prepare(self, solver: object, limit: int, *, exact: bool, record_residual: bool) -> None:  # noqa: B027
+    def prepare(self, solver: object, limit: int, *, exact: bool, record_residual: bool) -> bool:
         """Told once, before the first evaluation, who will ask: a chance to choose a faster evaluation.
 
         Args:
@@ -101,7 +102,11 @@ class TriangularSystem(ABC):
             limit: Most iterations.
             exact: Whether equations count as unchanged only at exact equality.
             record_residual: Whether the largest change of every iteration is wanted.
+
+        Returns:
+            Whether one evaluation runs to the end (and returns :class:`FusedBooks`).
         """
+        return False
 
     @abstractmethod
     def new_state(self) -> Any:
@@ -117,6 +122,7 @@ class TriangularSystem(ABC):
 
         All equations read the iterate as it was before the call. A value that is not finite must not enter the
         iterate: beyond the frontier it would poison everything behind it (0 * inf), although the solution is finite.
+        (In a predetermined sweep, ``int`` equations, this cannot happen: nothing is read before it is final.)
         On a GPU the call is captured in a CUDA graph: no synchronisation, static shapes, no new inputs from the host.
 
         Args:
@@ -189,6 +195,9 @@ def write(state: Tensor, equations: Equations, new: Tensor, guess: Tensor, runni
         guess: ``[batch, width, ...]`` what replaces a value that is not finite.
         running: ``[batch]`` samples whose values may change (``None``: all).
     """
+    if isinstance(equations, int):  # sequential evaluation: nothing behind it is read before it is overwritten
+        state[:, equations : equations + 1] = new
+        return Evaluation(equations, new)
     old = select(state, equations)
     finite = None
     if new.is_floating_point():
@@ -202,8 +211,6 @@ def write(state: Tensor, equations: Equations, new: Tensor, guess: Tensor, runni
         change = _over_items(new != old, torch.any).float()
     if equations is None:
         state.copy_(new)
-    elif isinstance(equations, int):
-        state[:, equations : equations + 1] = new
     elif equations.dim() == 1:
         state.index_copy_(1, equations, new)
     else:

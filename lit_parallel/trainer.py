@@ -35,6 +35,11 @@ def build_trainer(options: TrainerOptions, *, callbacks: Sequence[pl.Callback], 
         raise UserError(f"Lightning's Trainer refuses the options under 'trainer': {_one_line(error)}") from error
 
 
+def check_trainer(options: TrainerOptions) -> None:
+    """Let Lightning check the options before anything is written; raises what :func:`build_trainer` raises."""
+    build_trainer(options, callbacks=[], logger=False, enable_checkpointing=False)
+
+
 def check_precision(options: TrainerOptions) -> None:
     """Refuse to sample in an arithmetic that the samples cannot be trusted in.
 
@@ -55,11 +60,15 @@ def _quieten() -> None:
     """Leave out what is no news to a user: advertisements, and hints that do not apply here."""
 
     def wanted(record: logging.LogRecord) -> bool:
-        return not any(text in record.getMessage() for text in ("litlogger", "litmodels", "available:"))
+        return not any(
+            text in record.getMessage() for text in ("litlogger", "litmodels", "available:", "to estimate number")
+        )
 
     logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     if not any(getattr(existing, "_lit_parallel", False) for existing in logger.filters):
         wanted._lit_parallel = True  # type: ignore[attr-defined]
         logger.addFilter(wanted)
-    # The model summary asks for the schedule's length before training starts.
+    # Sampling deals out whole batches by itself, so Lightning knows no indices and needs none.
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+    # Lightning 2.6 with torch 2.13.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -3,6 +3,9 @@ import os
 import pytest
 import torch
 
+# Tiny tensors: more threads only wait for each other.
+torch.set_num_threads(1)
+
 # Set before anything imports wandb: no test may reach for an account or the network.
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")

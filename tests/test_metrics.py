@@ -76,7 +76,7 @@ def test_a_certificates_iterations_count():
     check(metric.compute(), {"mean": 3.0, "max": 3.0})
 
 
-def test_bits_keep_no_graph_and_do_not_lose_small_batches_among_many():
+def test_bits_keep_no_graph_and_count_beyond_single_precision():
     metric = BitsPerDimension()
     metric.update(likelihoods(1.0).requires_grad_(), 10)
     assert not metric.total.requires_grad
@@ -104,7 +104,6 @@ def _process(rank: int, folder: str) -> None:
         metric.update(*steps[rank])  # uneven: the processes see different numbers of samples
         check(metric.compute(), expected)
         # Reducing does not disturb what the process itself goes on counting.
-        assert float(next(iter(metric.metric_state.values()))) != float("nan")
         alone = metric_class()
         alone.update(*steps[rank])
         for name, state in metric.metric_state.items():
@@ -117,7 +116,6 @@ def test_two_processes_reduce_to_the_result_of_one(tmp_path):
 
 
 @every_metric
-def test_states_travel_with_the_metric_to_another_dtype_free_of_rounding(metric_class):
-    # A module in half precision must not round the totals of its metrics.
+def test_a_module_in_half_precision_does_not_round_its_metrics(metric_class):
     metric = torch.nn.ModuleDict({"metric": metric_class()}).half()["metric"]
     assert all(state.dtype == torch.float64 for state in metric.metric_state.values())

@@ -96,13 +96,17 @@ class AutoregressiveModule(pl.LightningModule):
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
         )
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        warmup = max(int(options.warmup_fraction * total), 1)
+        steps = float(self.trainer.estimated_stepping_batches)
+        # Without an end there is no schedule to fit in: a short warm-up, then the highest rate.
+        total = max(int(steps), 1) if math.isfinite(steps) else None
+        warmup = max(int(options.warmup_fraction * (total or 5000)), 1)
         final = options.final_lr_fraction
 
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
+            if total is None:
+                return 1.0
             progress = min((step - warmup) / max(total - warmup, 1), 1.0)
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -79,8 +79,7 @@ class MadeModule(AutoregressiveModule):
         self.network.use_mask(0)
 
     def sampling_system(self, batch_size: int, *, incremental: bool) -> TriangularSystem:
-        if self.network.mask_index != 0:
-            self.network.use_mask(0)
+        self.network.use_mask(0)
         folded = FoldedMADE.from_module(self.network)
         noise = torch.zeros(batch_size, self.length, dtype=folded.output_bias.dtype, device=self.device)
         kind: type[MadeSystem] | type[IncrementalMadeSystem] = MadeSystem

@@ -51,6 +51,7 @@ class MADE(nn.Module):
 
     rank: Tensor
     degrees: Tensor
+    output: MaskedLinear
 
     def __init__(
         self,
@@ -80,18 +81,20 @@ class MADE(nn.Module):
         self.output = MaskedLinear(sizes[-1], 2 * length)
         self.mask_index = 0
         self.use_mask(0)
-        self.register_load_state_dict_post_hook(lambda module, _: module.use_mask(module.mask_index))
+        self.register_load_state_dict_post_hook(_restore_mask)
 
     def use_mask(self, index: int) -> None:
         """Switch to one of the ``num_masks`` masks."""
         self.mask_index = index % self.num_masks
         rank = self.rank[self.mask_index]
         below = rank
-        for layer, degree in zip(self.hidden, self.split_degrees(), strict=True):
-            assert isinstance(layer, MaskedLinear)
+        for layer, degree in zip(self.hidden_layers(), self.split_degrees(), strict=True):
             layer.mask.copy_(degree[:, None] >= below[None, :])
             below = degree
         self.output.mask.copy_((rank[:, None] > below[None, :]).repeat(2, 1))
+
+    def hidden_layers(self) -> list[MaskedLinear]:
+        return [layer for layer in self.hidden if isinstance(layer, MaskedLinear)]
 
     def split_degrees(self) -> tuple[Tensor, ...]:
         """The degrees of each hidden layer's units under the mask in use, each ``[hidden]``."""
@@ -106,6 +109,10 @@ class MADE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"length={self.length}, num_masks={self.num_masks}"
+
+
+def _restore_mask(module: MADE, _: Any) -> None:
+    module.use_mask(module.mask_index)
 
 
 def _draw_degrees(length: int, hidden_sizes: Sequence[int], generator: Any) -> list[Tensor]:

@@ -46,7 +46,7 @@ class FoldedMADE:
         pixel = network.rank[network.mask_index].argsort()
         weights, biases, degrees = [], [], []
         below = pixel
-        for layer, degree in zip(network.hidden, network.split_degrees(), strict=True):
+        for layer, degree in zip(network.hidden_layers(), network.split_degrees(), strict=True):
             degree, order = degree.sort(stable=True)
             weights.append(layer.masked_weight()[order][:, below].to(dtype).contiguous())
             biases.append(layer.bias[order].to(dtype).contiguous())
@@ -128,10 +128,13 @@ class IncrementalMadeSystem(TriangularSystem):
         self.device = noise.device
         self.zeros = torch.zeros_like(noise)
         self._needed: dict[int, list[Tensor]] = {}
+        # How many units of each layer are final once t equations are.
+        counts = torch.arange(self.length)
+        self._final_units = [torch.searchsorted(degree, counts).tolist() for degree in network.degrees]
 
     @property
     def window(self) -> int:
-        return min(self.length, 56)
+        return min(self.length, 112)
 
     def reference(self) -> MadeSystem:
         return MadeSystem(self.network, self.noise, self.bound)
@@ -155,15 +158,41 @@ class IncrementalMadeSystem(TriangularSystem):
 
     def evaluate(self, state: State, equations: Equations, frontier: Tensor, running: Tensor | None) -> Evaluation:
         if isinstance(equations, int):
-            return self._next(state, equations, running)
+            return self._span(state, equations, equations + 1, equations, running)
         if equations is None:
-            return self._window(state, self.length, torch.zeros_like(frontier[:1]), running)
+            return self._span(state, 0, self.length, None, running)
         width = equations.shape[-1]
         unfinished = frontier if running is None else torch.where(running, frontier, self.length - 1)
-        return self._window(state, width, unfinished.min().reshape(1) // width, running)
+        window = unfinished.min().reshape(1) // width
+        if self.device.type != "cpu":
+            return self._window(state, width, window, running)
+        first = int(window) * width  # on a CPU, looking at it costs nothing
+        end = min(first + width, self.length)
+        return self._span(state, first, end, torch.arange(first, end), running)
+
+    def _span(self, state: State, first: int, end: int, equations: Equations, running: Tensor | None) -> Evaluation:
+        """Evaluate equations ``first .. end - 1``, known on the host, all before them being final."""
+        # A single equation leaves out the inputs whose weights are zero: the least work, as cached sequential sampling
+        # is to be measured. A window keeps whole rows, which libraries sum up in the order of the full product.
+        single = end - first == 1
+        x, inputs = state.x, end - 1 if single else self.length
+        for activation, weight, bias, final in zip(
+            state.hidden, self.network.weights, self.network.biases, self._final_units, strict=True
+        ):
+            due = slice(final[max(first - 1, 0)], final[end - 1])
+            if due.stop > due.start:
+                rows = F.linear(x[:, :inputs], weight[due, :inputs], bias[due])
+                torch.clamp(rows, min=0, out=activation[:, due])
+            x, inputs = activation, due.stop if single else len(bias)
+        outputs = slice(2 * first, 2 * end)
+        parameters = F.linear(
+            x[:, :inputs], self.network.output_weight[outputs, :inputs], self.network.output_bias[outputs]
+        )
+        new = _sample(parameters.unflatten(1, (end - first, 2)), self.noise[:, first:end], self.bound)
+        return write(state.x, equations, new, self.zeros[:, first:end], running)
 
     def _window(self, state: State, width: int, window: Tensor, running: Tensor | None) -> Evaluation:
-        """Evaluate all equations of the given aligned window (``[1]``, on the device)."""
+        """Evaluate all equations of the given aligned window (``[1]``, on the device): the same, but capturable."""
         x = state.x
         for activation, weight, bias, needed in zip(
             state.hidden, self.network.weights, self.network.biases, self._needed_units(width), strict=True
@@ -181,22 +210,6 @@ class IncrementalMadeSystem(TriangularSystem):
         noise = self.noise.index_select(1, equations)
         new = _sample(parameters.unflatten(1, (width, 2)), noise, self.bound)
         return write(state.x, equations, new, torch.zeros_like(new), running)
-
-    def _next(self, state: State, t: int, running: Tensor | None) -> Evaluation:
-        """Evaluate equation t, all earlier ones being final: compute the hidden units whose last input is x_{t-1}."""
-        x, inputs = state.x, t
-        for activation, weight, bias, degree in zip(
-            state.hidden, self.network.weights, self.network.biases, self.network.degrees, strict=True
-        ):
-            first, end = (int(i) for i in torch.searchsorted(degree, torch.tensor([t - 1, t])))
-            if end > first:
-                new_units = F.linear(x[:, :inputs], weight[first:end, :inputs], bias[first:end])
-                activation[:, first:end] = new_units.relu_()
-            x, inputs = activation, end
-        rows = slice(2 * t, 2 * t + 2)
-        parameters = F.linear(x[:, :inputs], self.network.output_weight[rows, :inputs], self.network.output_bias[rows])
-        new = _sample(parameters[:, None, :], self.noise[:, t : t + 1], self.bound)
-        return write(state.x, t, new, self.zeros[:, t : t + 1], running)
 
     def _needed_units(self, width: int) -> list[Tensor]:
         """For every aligned window the hidden units it must compute, per layer ``[windows, most units of any]``.

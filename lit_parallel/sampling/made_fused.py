@@ -30,11 +30,12 @@ class FusedMadeSystem(IncrementalMadeSystem):
         """Whether the kernel can sample this network here."""
         return len(network.weights) == 2 and noise.dtype == torch.float32 and triton_runs_on(noise.device)
 
-    def prepare(self, solver: object, limit: int, *, exact: bool, record_residual: bool) -> None:
+    def prepare(self, solver: object, limit: int, *, exact: bool, record_residual: bool) -> bool:
         self._kernel = None
         if isinstance(solver, GSJacobi) and exact and self.covers(self.network, self.noise):
             window = 1 << (solver.window or WINDOW).bit_length() - 1  # the power of two below
             self._kernel = _Kernel(self, min(window, 128), limit, record_residual)
+        return self._kernel is not None
 
     def evaluate(
         self, state: IncrementalMadeSystem.State, equations: Equations, frontier: Tensor, running: Tensor | None

@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lit_parallel.errors import UserError
+from lit_parallel.errors import UserError, did_you_mean
+from lit_parallel.options import MAX_SEED
 from lit_parallel.solution import Solution, concatenate
-from lit_parallel.solvers import Sequential, Solver, SolverLoop, SolverOptions, Stopping, build_solver
+from lit_parallel.solvers import SOLVER_NAMES, Sequential, Solver, SolverLoop, SolverOptions, Stopping, build_solver
 from lit_parallel.solvers.loop import Observer
 from lit_parallel.systems import TriangularSystem
 
@@ -50,9 +51,15 @@ class Sampler:
         *,
         record_residual: bool = False,
     ) -> None:
-        if batch_size < 1 or seed < 0:
-            raise UserError(f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}")
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 <= seed <= MAX_SEED:
+            raise UserError(f"seed must be from 0 to {MAX_SEED}, got {seed}")
         options = SolverOptions(name=solver) if isinstance(solver, str) and solver != CACHED_SEQUENTIAL else solver
+        if not isinstance(options, str) and options.name not in SOLVER_NAMES:
+            raise UserError(
+                f"unknown solver '{options.name}'.{did_you_mean(options.name, [*SOLVER_NAMES, CACHED_SEQUENTIAL])}"
+            )
         self.model, self.batch_size, self.seed = model, batch_size, seed
         schedule: Solver
         if isinstance(options, str):  # cached sequential: the ordinary algorithm needs no certificate

@@ -74,7 +74,6 @@ class Books:
         self.status = zeros(batch, dtype=torch.int8)
         self.iterations = zeros(batch)
         self.evaluations = zeros(batch)
-        self.sweep_change = zeros(batch, length, dtype=torch.float32)
         self.residual = zeros(limit, batch, dtype=torch.float32) if record else None
         # step * 2 + finished, in one word, so that the host never sees half an update.
         self.progress = zeros(1)
@@ -140,16 +139,14 @@ class Books:
         self.status.copy_(torch.where(fused.failed != 0, _NON_FINITE, outcome))
         self.progress.copy_(self.step * 2 + 1)
 
-    def enter_predetermined(self, step: int, evaluation: Evaluation) -> None:
-        """The short form for a fixed sweep: only where a value was not finite matters, and only at the end."""
-        self.sweep_change[:, step : step + 1] = evaluation.change
-
-    def close_predetermined(self, limit: int) -> None:
-        failed = self.sweep_change[:, :limit].isnan()
-        self.frontier.copy_((~failed).to(torch.int32).cumprod(dim=1).sum(dim=1))
-        length = self.sweep_change.shape[1]
-        self.status.copy_(torch.where(self.frontier == length, _SOLVED, _RUNNING))
-        self.status.masked_fill_(failed.any(dim=1), _NON_FINITE)
+    def close_predetermined(self, value: Tensor, limit: int) -> None:
+        """The books of a fixed sweep are written once, at the end: only where it went astray matters."""
+        finite = value.isfinite().flatten(2).all(dim=2) if value.dim() > 2 else value.isfinite()
+        finite = torch.where(self.positions < limit, finite, True)
+        length = len(self.positions)
+        first_bad = torch.where(finite, length, self.positions).amin(dim=1)
+        self.frontier.copy_(first_bad.clamp(max=limit))
+        self.status.fill_(_SOLVED if limit == length else _RUNNING).masked_fill_(first_bad < limit, _NON_FINITE)
         self.iterations.fill_(limit)
         self.evaluations.fill_(limit)
 
@@ -194,6 +191,7 @@ class SolverLoop:
         self.limit = min(self.stopping.max_iterations or system.length, system.length)
         self.record_residual = record_residual and not solver.predetermined
         self.cuda_graph = cuda_graph and system.device.type == "cuda"
+        self._fused = False
         self._state: Any = None
         self._books: Books | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -211,7 +209,7 @@ class SolverLoop:
         began = time.perf_counter()
         graphed = self.cuda_graph and observer is None
         if self._books is None:
-            self.system.prepare(
+            self._fused = self.system.prepare(
                 self.solver, self.limit, exact=self.stopping.exact, record_residual=self.record_residual
             )
             self._state = self.system.new_state()
@@ -251,7 +249,7 @@ class SolverLoop:
         books = self._books
         assert books is not None
         equations: Equations = self.solver.equations(self.system, books.frontier, step)
-        books.enter_predetermined(step, self.system.evaluate(self._state, equations, books.frontier, None))
+        self.system.evaluate(self._state, equations, books.frontier, None)
 
     def _iterate(self, observer: Observer | None) -> None:
         """Run eagerly; the iterates of a fused evaluation, which are never seen, are not observed."""
@@ -296,7 +294,7 @@ class SolverLoop:
 
     def _replay(self) -> None:
         assert self._graph is not None
-        if self.solver.predetermined:
+        if self.solver.predetermined or self._fused:  # one replay is the whole solve
             self._graph.replay()
             return
         seen = self._flag.numpy()
@@ -323,7 +321,8 @@ class SolverLoop:
         batch, length = self.system.batch_size, self.system.length
         value = self.system.value(self._state)
         if self.solver.predetermined:
-            books.close_predetermined(self.limit)
+            books.close_predetermined(value, self.limit)
+            value = torch.where(value.isfinite(), value, 0) if value.is_floating_point() else value
         iterations = books.iterations.clone()
         solved = Status.CONVERGED if self.stopping.exact or self.solver.predetermined else Status.SETTLED
         limit = Status.ITERATION_LIMIT

@@ -5,11 +5,12 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_parallel.modules.made import MadeModule
 from lit_parallel.modules.options import MadeOptions, OptimizerOptions
+from lit_parallel.sampling.sampler import sample
 
 SHAPE = (1, 3, 4)
 
@@ -157,6 +158,21 @@ def test_masks_cycle_in_training_and_evaluation_uses_the_first(tmp_path):
     assert set(used) == {0}
 
 
+def test_sampling_while_weights_are_averaged_uses_the_first_mask(tmp_path):
+    class SampleAfterValidation(pl.Callback):
+        images: list[torch.Tensor]
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.images = [sample(pl_module, 3, seed=1)[0]]
+            pl_module.network.use_mask(0)
+            self.images.append(sample(pl_module, 3, seed=1)[0])
+
+    sampling = SampleAfterValidation()
+    averaging = EMAWeightAveraging(decay=0.5, use_buffers=False)
+    fit(tmp_path, made_module(order="random", num_masks=3), epochs=2, callbacks=[sampling, averaging])
+    assert torch.equal(*sampling.images)
+
+
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -213,9 +229,15 @@ def test_the_learning_rate_without_decay_or_with_nothing_but_warm_up(tmp_path, o
     assert (rates[0], rates[-1]) == pytest.approx((first, last))
 
 
-@pytest.mark.xfail(strict=True, reason="the number of steps is then infinite", raises=OverflowError)
-def test_an_epoch_number_without_end_is_possible(tmp_path):
-    fit(tmp_path, made_module(), epochs=-1, max_time={"seconds": 0})
+def test_training_without_end_keeps_the_highest_rate_after_its_warm_up(tmp_path):
+    class StopAfterEight(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step >= 8
+
+    options = OptimizerOptions(lr=0.02, warmup_fraction=0.001)
+    rates = fit(tmp_path, made_module(options), epochs=-1, callbacks=[StopAfterEight()]).rates
+    assert rates[:5] == pytest.approx([0.004, 0.008, 0.012, 0.016, 0.02])
+    assert rates[5:] == pytest.approx([0.02] * 3)
 
 
 def test_optimiser_options_reach_the_optimiser(tmp_path):

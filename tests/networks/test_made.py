@@ -142,7 +142,6 @@ def test_masks_depend_on_their_own_seed_alone():
     assert torch.equal(a.degrees, b.degrees)
 
 
-@pytest.mark.xfail(strict=True, reason="the load hook is a lambda, which cannot be pickled")
 def test_a_module_can_be_pickled():
     made = MADE(6, [8], order="random")
     x = torch.randn(2, 6)

@@ -224,6 +224,18 @@ def test_reset_to_the_initial_guess_forgets_everything():
         assert torch.equal(tensor, fresh)
 
 
+@pytest.mark.parametrize(("frontier", "due"), [(0, range(4)), (7, range(4, 9)), (19, range(14, 19))])
+def test_a_window_computes_no_unit_but_those_that_are_due(frontier, due):
+    made = strong_made([LENGTH - 1, LENGTH - 1])  # one unit of every degree
+    system = IncrementalMadeSystem(FoldedMADE.from_module(made), noise_of(3), BOUND)
+    state = system.new_state()
+    for activation in state.hidden:
+        activation.fill_(-1)  # which no activation is
+    system.evaluate(state, torch.arange(5).expand(3, 5), torch.full((3,), frontier), None)
+    for activation in state.hidden:
+        assert (activation[0] != -1).nonzero().flatten().tolist() == list(due)
+
+
 @pytest.mark.parametrize("window", [3, 7, LENGTH])
 def test_any_start_leads_to_the_same_result(window):
     made = strong_made([24, 24])

@@ -1,0 +1,147 @@
+"""Weights & Biases: one run per training or sampling, offline unless asked otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wandb
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from lit_parallel.config import WandbOptions
+from lit_parallel.errors import UserError
+from lit_parallel.plots import image_grid
+from lit_parallel.solution import Solution
+
+_INIT_SECONDS = 60.0
+
+
+def build_logger(
+    options: WandbOptions, folder: Path, *, config: dict[str, Any], experiment: str, job_type: str
+) -> WandbLogger | None:
+    """Start a run, or return ``None`` if ``wandb.mode`` is ``disabled``.
+
+    Args:
+        options: The config's ``wandb`` group.
+        folder: Run folder; the run's files go into its ``wandb`` folder.
+        config: The resolved config as plain containers; logged.
+        experiment: Groups the runs that belong together.
+        job_type: ``train`` or ``sample``.
+
+    Raises:
+        UserError: If an online run has no API key, or the server does not answer.
+    """
+    if options.mode == "disabled" or getattr(rank_zero_only, "rank", 0) != 0:
+        # Other processes have nothing to say; Lightning's logger would be silent there too.
+        return None
+    if options.mode == "online" and not wandb.login(prompt=False):
+        raise UserError("wandb.mode=online needs an API key: run 'wandb login' once, or leave wandb.mode=offline.")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = options.name or (folder.name if job_type == "train" else f"{folder.name}-{job_type}")
+    try:
+        run = wandb.init(
+            project=options.project,
+            entity=options.entity,
+            name=name,
+            group=experiment,
+            job_type=job_type,
+            tags=options.tags,
+            dir=folder,
+            config=config,
+            mode="offline" if options.mode == "offline" else "online",
+            # What a user needs to know is printed by how_to_look.
+            settings=wandb.Settings(init_timeout=_INIT_SECONDS, silent=True, console="off"),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"Weights & Biases did not start ({_one_line(error)}): set wandb.mode=offline and upload later."
+        ) from error
+    # Lightning's values draw against its step; the residuals of a run, having a step of their own, as one curve.
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    run.define_metric("solver/iteration", hidden=True)
+    run.define_metric("solver/residual", step_metric="solver/iteration")
+    return WandbLogger(experiment=run, save_dir=folder)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def log_images(logger: Any, name: str, images: Tensor, caption: str = "") -> None:
+    """Log images ``[n, channels, height, width]`` uint8 as one grid."""
+    if isinstance(logger, WandbLogger):
+        logger.log_image(name, [image_grid(images, scale=2)], caption=[caption])
+
+
+def log_sampling(
+    logger: WandbLogger,
+    solution: Solution,
+    images: Tensor,
+    rows: list[dict[str, Any]],
+    wall_clock_speedup: float | None,
+) -> None:
+    """Log what a sampling run found: scalars first, since the terminal viewer draws scalars and images, not tables.
+
+    Args:
+        logger: Of :func:`build_logger`.
+        solution: Of all samples.
+        images: 8-bit images ``[n, channels, height, width]``.
+        rows: The table of solvers, flat and plain.
+        wall_clock_speedup: Over the first baseline, if it was measured.
+    """
+    run = logger.experiment
+    summary = solution.summary()
+    names = ("iterations_mean", "iterations_max", "iteration_speedup", "work", "seconds")
+    scalars: dict[str, Any] = {f"solver/{name}": summary[name] for name in names}
+    scalars["solver/evaluations"] = float(solution.evaluations.double().mean())
+    scalars["solver/certified"] = float(solution.certified.float().mean())
+    if wall_clock_speedup is not None:
+        scalars["solver/wall_clock_speedup"] = wall_clock_speedup
+    run.log(scalars)
+    if solution.residual is not None:
+        for iteration, largest in enumerate(solution.residual.amax(dim=1).tolist(), start=1):
+            if np.isfinite(largest):
+                run.log({"solver/iteration": iteration, "solver/residual": largest})
+    iterations = solution.total_iterations.cpu().numpy()
+    run.log({"solver/iterations": wandb.Histogram(np_histogram=np.histogram(iterations, bins=_bins(iterations)))})
+    log_images(logger, "samples", images[:100], caption=f"{len(images)} samples, {solution.solver}")
+    if rows:
+        columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
+        table = wandb.Table(columns=columns, data=[[row.get(str(column)) for column in columns] for row in rows])
+        run.log({"solvers": table})
+
+
+def _bins(iterations: np.ndarray) -> np.ndarray:
+    """Whole numbers where there are few, 64 equal parts otherwise."""
+    low, high = int(iterations.min()), int(iterations.max()) + 1
+    return np.linspace(low, high, min(high - low, 64) + 1)
+
+
+def how_to_look(logger: WandbLogger) -> list[str]:
+    """Lines that say how to look at a run and how to upload it."""
+    run = logger.experiment
+    if not run.offline:
+        return [f"Weights & Biases: {run.url}"]
+    folder = _short(Path(run.dir).parent)
+    return [
+        f"look at the run in this terminal:  wandb leet {folder}",
+        f"upload it (needs an account):      wandb sync {folder}",
+    ]
+
+
+def _short(path: Path) -> Path:
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def finish(logger: WandbLogger | None) -> None:
+    """Close the run, if there is one; never fails, since what was logged is already written."""
+    if logger is not None:
+        with contextlib.suppress(Exception):
+            logger.experiment.finish()
