@@ -63,13 +63,12 @@ def sample(config: Any) -> Any:
         if not trainer.is_global_zero:
             return None
         results = write_results(config, model.to(device), writer.folder, folder, checkpoint)
-        if logger is not None:
-            rows = [measurement.row() for measurement in results.measurements]
-            log_sampling(logger, results.solution, results.images, rows, results.wall_clock_speedup)
+        rows = [measurement.row() for measurement in results.measurements]
+        log_sampling(logger, results.solution, results.images, rows, results.wall_clock_speedup)
     finally:
         finish(logger)
     print_table(results.measurements, title=results.title, baselines=config.compare.baselines)
-    for line in [*results.notes, *([] if logger is None else how_to_look(logger))]:
+    for line in [*results.notes, *how_to_look(logger)]:
         print(line)
     return results
 

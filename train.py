@@ -73,7 +73,7 @@ def train(config: Any) -> TrainResult:
         finish(logger)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     result = TrainResult(folder, checkpoint if checkpoint.is_file() else None, metrics, model)
-    rank_zero_only(_report)(result, [] if logger is None else how_to_look(logger))
+    rank_zero_only(_report)(result, how_to_look(logger))
     return result
 
 

@@ -126,10 +126,11 @@ def _notes(solution: Solution, folder: Path, kept: Path) -> list[str]:
     lines = [f"{len(solution.status)} images sampled; {certified} certified bit for bit by a full evaluation"]
     if not solution.all_solved:
         lines.append(f"not all were solved: {summary['status']}")
-    lines.append(
-        f"look at {folder / 'samples.png'} and {folder / 'convergence.png'}; numbers in {folder / 'report.json'}"
-    )
-    lines.append(f"images as a tensor, and copies of the above: {kept}")
+    lines.append(f"look at:  {folder / 'samples.png'}")
+    if (kept / "convergence.png").is_file():
+        lines.append(f"          {folder / 'convergence.png'}")
+    lines.append(f"numbers:  {folder / 'report.json'}")
+    lines.append(f"kept in:  {kept} (with the images as a tensor)")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import wandb
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
+from wandb.sdk.lib import wbauth
 
 from lit_parallel.config import WandbOptions
 from lit_parallel.errors import UserError
@@ -18,6 +20,8 @@ from lit_parallel.plots import image_grid
 from lit_parallel.solution import Solution
 
 _INIT_SECONDS = 60.0
+_FINISH_SECONDS = 300.0  # what is not uploaded by then stays on disk, for wandb sync
+_SHOWN_SAMPLES = 100
 
 
 def build_logger(
@@ -35,11 +39,13 @@ def build_logger(
     Raises:
         UserError: If an online run has no API key, or the server does not answer.
     """
-    if options.mode == "disabled" or getattr(rank_zero_only, "rank", 0) != 0:
-        # Other processes have nothing to say; Lightning's logger would be silent there too.
+    if options.mode == "disabled":
         return None
-    if options.mode == "online" and not wandb.login(prompt=False):
-        raise UserError("wandb.mode=online needs an API key: run 'wandb login' once, or leave wandb.mode=offline.")
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        # Silent, but there: Lightning's LearningRateMonitor refuses a Trainer without a logger on every process.
+        return WandbLogger(project=options.project, save_dir=folder)
+    if options.mode == "online":
+        _check_api_key()
     folder.mkdir(parents=True, exist_ok=True)
     name = options.name or (folder.name if job_type == "train" else f"{folder.name}-{job_type}")
     try:
@@ -53,18 +59,42 @@ def build_logger(
             dir=folder,
             config=config,
             mode="offline" if options.mode == "offline" else "online",
+            reinit="create_new",  # a run that the caller has open is the caller's
             # What a user needs to know is printed by how_to_look.
-            settings=wandb.Settings(init_timeout=_INIT_SECONDS, silent=True, console="off"),
+            settings=wandb.Settings(
+                init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS, silent=True, console="off"
+            ),
         )
-    except wandb.errors.Error as error:
+    except wandb.errors.CommError as error:
+        reason = str(error).partition("\n")[0]  # the next lines are advice for programmers
         raise UserError(
-            f"Weights & Biases did not start ({_one_line(error)}): set wandb.mode=offline and upload later."
+            f"Weights & Biases did not start ({reason}): set wandb.mode=offline and upload later."
         ) from error
+    except (wandb.errors.Error, ValueError) as error:  # such as a tag or project that it does not accept
+        raise UserError(f"Weights & Biases refuses the options under 'wandb': {_one_line(error)}") from error
     # Lightning's values draw against its step; the residuals of a run, having a step of their own, as one curve.
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     run.define_metric("solver/iteration", hidden=True)
-    run.define_metric("solver/residual", step_metric="solver/iteration")
-    return WandbLogger(experiment=run, save_dir=folder)
+    for name in ("solver/residual", "solver/residual/*"):
+        run.define_metric(name, step_metric="solver/iteration")
+    return WandbLogger(experiment=run, project=options.project, save_dir=folder)
+
+
+def _check_api_key() -> None:
+    """Raise a `UserError` unless there is an API key; asks neither the user nor the server.
+
+    Not ``wandb.login``, which waits for the server, and finds no key while ``WANDB_MODE=offline`` is set.
+    """
+    try:
+        host = wandb.setup().settings.base_url
+        key = wbauth.authenticate_session(host=host, source="wandb", prompt=False, update_session=False)
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"wandb.mode=online needs a valid API key ({_one_line(error)}): run 'wandb login', or set "
+            "wandb.mode=offline."
+        ) from error
+    if key is None:
+        raise UserError("wandb.mode=online needs an API key: run 'wandb login' once, or set wandb.mode=offline.")
 
 
 def _one_line(error: Exception) -> str:
@@ -74,11 +104,12 @@ def _one_line(error: Exception) -> str:
 def log_images(logger: Any, name: str, images: Tensor, caption: str = "") -> None:
     """Log images ``[n, channels, height, width]`` uint8 as one grid."""
     if isinstance(logger, WandbLogger):
-        logger.log_image(name, [image_grid(images, scale=2)], caption=[caption])
+        logger.log_image(name, [image_grid(images, scale=None)], caption=[caption])
 
 
+@rank_zero_only
 def log_sampling(
-    logger: WandbLogger,
+    logger: WandbLogger | None,
     solution: Solution,
     images: Tensor,
     rows: list[dict[str, Any]],
@@ -87,12 +118,14 @@ def log_sampling(
     """Log what a sampling run found: scalars first, since the terminal viewer draws scalars and images, not tables.
 
     Args:
-        logger: Of :func:`build_logger`.
+        logger: Of :func:`build_logger`; nothing is logged without one.
         solution: Of all samples.
         images: 8-bit images ``[n, channels, height, width]``.
         rows: The table of solvers, flat and plain.
         wall_clock_speedup: Over the first baseline, if it was measured.
     """
+    if logger is None:
+        return
     run = logger.experiment
     summary = solution.summary()
     names = ("iterations_mean", "iterations_max", "iteration_speedup", "work", "seconds")
@@ -106,12 +139,15 @@ def log_sampling(
         for iteration, largest in enumerate(solution.residual.amax(dim=1).tolist(), start=1):
             if np.isfinite(largest):
                 run.log({"solver/iteration": iteration, "solver/residual": largest})
-    iterations = solution.total_iterations.cpu().numpy()
+    iterations = solution.iterations.cpu().numpy()
     run.log({"solver/iterations": wandb.Histogram(np_histogram=np.histogram(iterations, bins=_bins(iterations)))})
-    log_images(logger, "samples", images[:100], caption=f"{len(images)} samples, {solution.solver}")
+    shown = images[:_SHOWN_SAMPLES]
+    log_images(logger, "samples", shown, caption=f"{len(shown)} of {len(images)} samples, {solution.solver}")
     if rows:
-        columns: list[str | int] = list(dict.fromkeys(key for row in rows for key in row))
-        table = wandb.Table(columns=columns, data=[[row.get(str(column)) for column in columns] for row in rows])
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        table = wandb.Table(
+            columns=[*columns], data=[[row.get(column) for column in columns] for row in rows], allow_mixed_types=True
+        )
         run.log({"solvers": table})
 
 
@@ -121,12 +157,14 @@ def _bins(iterations: np.ndarray) -> np.ndarray:
     return np.linspace(low, high, min(high - low, 64) + 1)
 
 
-def how_to_look(logger: WandbLogger) -> list[str]:
-    """Lines that say how to look at a run and how to upload it."""
-    run = logger.experiment
+def how_to_look(logger: WandbLogger | None) -> list[str]:
+    """Lines that say how to look at a run and how to upload it; none if there is no run in this process."""
+    run = None if logger is None else logger.experiment
+    if not isinstance(run, wandb.Run):
+        return []
     if not run.offline:
         return [f"Weights & Biases: {run.url}"]
-    folder = _short(Path(run.dir).parent)
+    folder = shlex.quote(str(_short(Path(run.dir).parent)))
     return [
         f"look at the run in this terminal:  wandb leet {folder}",
         f"upload it (needs an account):      wandb sync {folder}",

@@ -266,7 +266,7 @@ def test_an_arithmetic_that_is_too_coarse(checkpoint):
 
 
 def test_an_option_of_another_solver(checkpoint):
-    with pytest.raises(UserError, match="solver.window belongs to gs_jacobi"):
+    with pytest.raises(UserError, match=r"solver\.window belongs to gs_jacobi"):
         run_sample(f"checkpoint={checkpoint}", "solver.name=jacobi", "solver.window=3")
 
 

@@ -54,6 +54,21 @@ def _chain(acc, weight, stride, columns, mask, vector, start, end, CHUNK: tl.con
 
 
 @triton.jit
+def _two_chains(acc, other, weight, offset, stride, columns, mask, vector, start, end, CHUNK: tl.constexpr):
+    """Two chains over the same vector; the second's weights stand ``offset`` further."""
+    for chunk in range(start, end, CHUNK):
+        for i in tl.static_range(CHUNK):
+            k = chunk + i
+            inside = mask & (columns * 0 + k < end)
+            w = tl.load(weight + k * stride + columns, mask=inside, other=0.0)
+            w2 = tl.load(weight + k * stride + offset + columns, mask=inside, other=0.0)
+            v = tl.load(vector + tl.minimum(k, end - 1))
+            acc = tl.fma(w, v, acc)
+            other = tl.fma(w2, v, other)
+    return acc, other
+
+
+@triton.jit
 def _sweep(
     x,
     hidden1,
@@ -122,8 +137,9 @@ def _sweep(
         zeros = tl.zeros([WINDOW], tl.float32)
         prefix1 = _chain(tl.zeros([LANES1], tl.float32), weight1, units1, u1, in1, x, 0, lo, CHUNK)
         prefix2 = _chain(tl.zeros([LANES2], tl.float32), weight2, units2, u2, in2, hidden1, 0, u1_first, CHUNK)
-        prefix_mean = _chain(zeros, weight_out, 2 * length, t, inside, hidden2, 0, u2_first, CHUNK)
-        prefix_scale = _chain(zeros, weight_out + length, 2 * length, t, inside, hidden2, 0, u2_first, CHUNK)
+        prefix_mean, prefix_scale = _two_chains(
+            zeros, zeros, weight_out, length, 2 * length, t, inside, hidden2, 0, u2_first, CHUNK
+        )
 
         old = tl.load(x + t, mask=inside, other=0.0)
         last_change = tl.zeros([WINDOW], tl.int32)
@@ -137,11 +153,21 @@ def _sweep(
             a2 = _chain(prefix2, weight2, units2, u2, in2, hidden1, u1_first, u1_end, CHUNK)
             tl.store(hidden2 + u2, tl.maximum(a2 + b2, 0.0), mask=in2)
             tl.debug_barrier()
-            mean = _chain(prefix_mean, weight_out, 2 * length, t, inside, hidden2, u2_first, u2_end, CHUNK) + b_mean
-            scale = (
-                _chain(prefix_scale, weight_out + length, 2 * length, t, inside, hidden2, u2_first, u2_end, CHUNK)
-                + b_scale
+            mean, scale = _two_chains(
+                prefix_mean,
+                prefix_scale,
+                weight_out,
+                length,
+                2 * length,
+                t,
+                inside,
+                hidden2,
+                u2_first,
+                u2_end,
+                CHUNK,
             )
+            mean += b_mean
+            scale += b_scale
             new = mean + _exp(scale) * e
             nan = new != new
             new = tl.minimum(tl.maximum(new, -bound), bound)
@@ -170,6 +196,12 @@ def _sweep(
     tl.store(evaluations + sample, work)
     tl.store(frontier + sample, final)
     tl.store(failed + sample, bad)
+
+
+CHUNK = 16
+"""Links of a chain that are loaded together."""
+
+WARPS = 2
 
 
 @dataclass
@@ -268,7 +300,7 @@ def sweep(
         WINDOW=weights.window,
         LANES1=weights.lanes1,
         LANES2=weights.lanes2,
-        CHUNK=16,
-        num_warps=2,
+        CHUNK=CHUNK,
+        num_warps=WARPS,
         enable_fp_fusion=False,  # only the chains are fused, as written
     )
