@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_parallel.errors import UserError
+from lit_parallel.kernels import triton_runs_on
 
 Equations = int | Tensor | None
 """Which equations an iteration evaluates.
@@ -198,6 +199,11 @@ def write(state: Tensor, equations: Equations, new: Tensor, guess: Tensor, runni
     if isinstance(equations, int):  # sequential evaluation: nothing behind it is read before it is overwritten
         state[:, equations : equations + 1] = new
         return Evaluation(equations, new)
+    if equations is None and running is not None and triton_runs_on(state.device):
+        from lit_parallel.kernels import books
+
+        if books.covers(state, new, guess, running):
+            return Evaluation(None, books.write_all(state, new, guess, running), state)
     old = select(state, equations)
     finite = None
     if new.is_floating_point():

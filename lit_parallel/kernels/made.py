@@ -1,9 +1,8 @@
 """GS-Jacobi sampling of a MADE with cached pre-activations, a whole sweep in one kernel launch.
 
-One program owns one sample. It walks over aligned windows of equations; for each it sums up once what everything
-final contributes to the pre-activations of the units that the window needs (the cache), then iterates inside the
-window until nothing changes, and moves on. Samples never wait for one another, and no launch or synchronisation
-stands between two iterations.
+One program owns one sample. It walks over aligned windows of equations: it iterates inside a window until nothing
+changes, adds what is now final to the cached pre-activations of everything behind the window, and moves on. Samples
+never wait for one another, and no launch or synchronisation stands between two iterations.
 
 Every pre-activation is one chain of fused multiply-adds in ascending order of its inputs, from zero, then the bias.
 A cached prefix continues that same chain, so caching changes no bit. cuBLAS sums in the same order with every kernel
@@ -69,10 +68,32 @@ def _two_chains(acc, other, weight, offset, stride, columns, mask, vector, start
 
 
 @triton.jit
+def _push(cache, weight, stride, first, end_column, vector, start, end, LANES: tl.constexpr, CHUNK: tl.constexpr):
+    """Add inputs [start, end) of a layer to the cached pre-activations of all its units from ``first`` on.
+
+    Starts at a whole multiple of 128: the few units before ``first`` are final and their cache is not read again.
+    """
+    for block in range(first // 128 * 128, end_column, LANES):
+        columns = block + tl.arange(0, LANES)
+        mask = columns < end_column
+        acc = tl.load(cache + columns, mask=mask, other=0.0)
+        acc = _chain(acc, weight, stride, columns, mask, vector, start, end, CHUNK)
+        tl.store(cache + columns, acc, mask=mask)
+
+
+@triton.jit
+def _clear(cache, size, LANES: tl.constexpr):
+    for block in range(0, size, LANES):
+        columns = block + tl.arange(0, LANES)
+        tl.store(cache + columns, tl.zeros([LANES], tl.float32), mask=columns < size)
+
+
+@triton.jit
 def _sweep(
     x,
     hidden1,
     hidden2,
+    cache,
     noise,
     weight1,
     bias1,
@@ -101,6 +122,8 @@ def _sweep(
     LANES1: tl.constexpr,
     LANES2: tl.constexpr,
     CHUNK: tl.constexpr,
+    PUSH_LANES: tl.constexpr,
+    PUSH_CHUNK: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
     x += sample * length
@@ -108,6 +131,13 @@ def _sweep(
     changed_in += sample * length
     hidden1 += sample * units1
     hidden2 += sample * units2
+    # Sums over everything final, without the biases: first layer, second layer, means, log-scales.
+    cache += sample * (units1 + units2 + 2 * length)
+    cache2 = cache + units1
+    cache_mean = cache2 + units2
+    cache_scale = cache_mean + length
+    _clear(cache, units1 + units2 + 2 * length, PUSH_LANES)
+    tl.debug_barrier()
 
     count = 0  # parallel iterations of this sample
     work = 0
@@ -133,13 +163,10 @@ def _sweep(
         b_scale = tl.load(bias_out + length + t, mask=inside, other=0.0)
         e = tl.load(noise + t, mask=inside, other=0.0)
 
-        # The cache: what is final contributes once to all that this window will need.
-        zeros = tl.zeros([WINDOW], tl.float32)
-        prefix1 = _chain(tl.zeros([LANES1], tl.float32), weight1, units1, u1, in1, x, 0, lo, CHUNK)
-        prefix2 = _chain(tl.zeros([LANES2], tl.float32), weight2, units2, u2, in2, hidden1, 0, u1_first, CHUNK)
-        prefix_mean, prefix_scale = _two_chains(
-            zeros, zeros, weight_out, length, 2 * length, t, inside, hidden2, 0, u2_first, CHUNK
-        )
+        prefix1 = tl.load(cache + u1, mask=in1, other=0.0)
+        prefix2 = tl.load(cache2 + u2, mask=in2, other=0.0)
+        prefix_mean = tl.load(cache_mean + t, mask=inside, other=0.0)
+        prefix_scale = tl.load(cache_scale + t, mask=inside, other=0.0)
 
         old = tl.load(x + t, mask=inside, other=0.0)
         last_change = tl.zeros([WINDOW], tl.int32)
@@ -191,6 +218,13 @@ def _sweep(
         # At the iteration limit, every iteration has made at least one more equation final.
         final = tl.minimum(tl.where(going == 1, lo + count - before, hi), first_bad)
         bad = tl.where(going == 1, 0, bad)
+        if (going == 0) & (hi < length):
+            _push(cache, weight1, units1, u1_end, units1, x, lo, hi, PUSH_LANES, PUSH_CHUNK)
+            _push(cache2, weight2, units2, u2_end, units2, hidden1, u1_first, u1_end, PUSH_LANES, PUSH_CHUNK)
+            w_mean, w_scale = weight_out, weight_out + length
+            _push(cache_mean, w_mean, 2 * length, hi, length, hidden2, u2_first, u2_end, PUSH_LANES, PUSH_CHUNK)
+            _push(cache_scale, w_scale, 2 * length, hi, length, hidden2, u2_first, u2_end, PUSH_LANES, PUSH_CHUNK)
+            tl.debug_barrier()
         lo = tl.where(going == 1, lo, hi)
     tl.store(iterations + sample, count)
     tl.store(evaluations + sample, work)
@@ -198,10 +232,12 @@ def _sweep(
     tl.store(failed + sample, bad)
 
 
+# Measured on an H100 (benchmarks/made.py): links of a chain that are loaded together, inside a window and when a window
+# is pushed to the cache; units that are pushed together; warps of a program.
 CHUNK = 16
-"""Links of a chain that are loaded together."""
-
-WARPS = 2
+PUSH_CHUNK = 8
+PUSH_LANES = 512
+WARPS = 4
 
 
 @dataclass
@@ -255,13 +291,21 @@ class SweepBooks:
 
 
 def sweep(
-    x: Tensor, hidden: list[Tensor], noise: Tensor, weights: SweepWeights, books: SweepBooks, bound: float, limit: int
+    x: Tensor,
+    hidden: list[Tensor],
+    cache: Tensor,
+    noise: Tensor,
+    weights: SweepWeights,
+    books: SweepBooks,
+    bound: float,
+    limit: int,
 ) -> None:
     """Solve all samples by GS-Jacobi, from the iterate ``x`` on, in place.
 
     Args:
         x: ``[batch, length]`` iterate.
         hidden: Two buffers ``[batch, units]``; what they hold does not matter.
+        cache: ``[batch, units of both layers + 2 length]`` buffer; what it holds does not matter.
         noise: ``[batch, length]``.
         weights: Of a MADE with two hidden layers.
         books: Filled in.
@@ -273,6 +317,7 @@ def sweep(
         x,
         hidden[0],
         hidden[1],
+        cache,
         noise,
         weights.weight1,
         weights.bias1,
@@ -301,6 +346,8 @@ def sweep(
         LANES1=weights.lanes1,
         LANES2=weights.lanes2,
         CHUNK=CHUNK,
+        PUSH_LANES=PUSH_LANES,
+        PUSH_CHUNK=PUSH_CHUNK,
         num_warps=WARPS,
         enable_fp_fusion=False,  # only the chains are fused, as written
     )

@@ -90,13 +90,24 @@ class _Kernel:
         residual = torch.zeros(limit, batch, device=device) if record_residual else None
         self.books = SweepBooks(zeros(batch), zeros(batch), zeros(batch), zeros(batch), zeros(batch, length), residual)
         self.change = torch.zeros(batch, 1, device=device)
+        units = sum(len(bias) for bias in network.biases)
+        self.cache = torch.zeros(batch, units + 2 * length, device=device)
 
     def run(self, state: IncrementalMadeSystem.State) -> Evaluation:
         from lit_parallel.kernels.made import sweep
 
         if self.books.residual is not None:
             self.books.residual.zero_()
-        sweep(state.x, state.hidden, self.system.noise, self.weights, self.books, self.system.bound, self.limit)
+        sweep(
+            state.x,
+            state.hidden,
+            self.cache,
+            self.system.noise,
+            self.weights,
+            self.books,
+            self.system.bound,
+            self.limit,
+        )
         books = self.books
         fused = FusedBooks(
             iterations=books.iterations,

@@ -1,6 +1,7 @@
 """Solvers of triangular systems: schedules of equations, and the one loop that runs them."""
 
-from lit_parallel.solvers.loop import SolverLoop, Stopping, solve
+from lit_parallel.solvers.books import Stopping
+from lit_parallel.solvers.loop import SolverLoop, solve
 from lit_parallel.solvers.options import SOLVER_NAMES, SolverOptions
 from lit_parallel.solvers.schedules import GSJacobi, Jacobi, JacobiGS, Sequential, Solver, build_solver
 

@@ -1,159 +1,24 @@
 """The one loop of the library: it iterates, keeps the books, stops, certifies and times.
 
-The frontier moves by one rule for every solver. For each equation the loop notes in which iteration it was last
-evaluated and in which it last changed. An equation is *consistent* if it was evaluated after the last change of
-anything before it (strictly: what changed in the same parallel iteration was not seen). The leading consistent
-equations are final: the first has no inputs, and each further one was evaluated from final inputs.
+How it knows which equations are final: see ``books.py``.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_parallel.errors import UserError
 from lit_parallel.solution import Solution, Status
+from lit_parallel.solvers.books import FAILED, LIMIT, RUNNING, SOLVED, Books, Stopping
 from lit_parallel.solvers.schedules import Jacobi, Solver
-from lit_parallel.systems import Equations, Evaluation, FusedBooks, TriangularSystem
+from lit_parallel.systems import Equations, TriangularSystem
 
 Observer = Callable[[int, Tensor], None]
 """Called with the iteration's number, from 0 (the initial guess), and the iterate ``[batch, length, ...]``."""
-
-
-@dataclass(frozen=True)
-class Stopping:
-    """When an equation counts as unchanged, and when to give up.
-
-    Attributes:
-        max_iterations: Iteration limit; by default T, which always suffices for exact equality.
-        absolute_tolerance: An equation is unchanged if it moved by at most this much. 0 asks for exact equality. A
-            tolerance bounds the change of the last iteration, never the error.
-        relative_tolerance: The same, relative to the size of the new value.
-    """
-
-    max_iterations: int | None = None
-    absolute_tolerance: float = 0.0
-    relative_tolerance: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.max_iterations is not None and self.max_iterations < 1:
-            raise UserError(f"max_iterations must be at least 1, got {self.max_iterations}")
-        for name in ("absolute_tolerance", "relative_tolerance"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} must be a finite number, 0 or larger, got {getattr(self, name)}")
-
-    @property
-    def exact(self) -> bool:
-        return self.absolute_tolerance == 0 and self.relative_tolerance == 0
-
-
-# Status of a sample on the device, while the loop runs.
-_RUNNING, _SOLVED, _NON_FINITE, _LIMIT = 0, 1, 2, 3
-
-
-class Books:
-    """The loop's tensors, all on the system's device and changed in place only (a CUDA graph captures them)."""
-
-    def __init__(self, system: TriangularSystem, limit: int, record: bool) -> None:
-        batch, length, device = system.batch_size, system.length, system.device
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.positions = torch.arange(length, device=device)
-        self.step = zeros(1)
-        self.evaluated_in = zeros(batch, length, dtype=torch.int32)  # 0: never
-        self.changed_in = zeros(batch, length, dtype=torch.int32)
-        self.non_finite = zeros(batch, length, dtype=torch.bool)
-        self.frontier = zeros(batch)
-        self.status = zeros(batch, dtype=torch.int8)
-        self.iterations = zeros(batch)
-        self.evaluations = zeros(batch)
-        self.residual = zeros(limit, batch, dtype=torch.float32) if record else None
-        # step * 2 + finished, in one word, so that the host never sees half an update.
-        self.progress = zeros(1)
-
-    def reset(self) -> None:
-        for name, tensor in vars(self).items():
-            if tensor is not None and name != "positions":
-                tensor.zero_()
-
-    def enter(self, evaluation: Evaluation, running: Tensor, stopping: Stopping) -> None:
-        """Enter what an iteration did, move the frontier, and note which samples are finished."""
-        if evaluation.fused is not None:
-            self._enter_fused(evaluation.fused)
-            return
-        self.step += 1
-        step = self.step.to(torch.int32)
-        tolerance: float | Tensor = stopping.absolute_tolerance
-        if stopping.relative_tolerance > 0:
-            tolerance = tolerance + stopping.relative_tolerance * evaluation.size()
-        non_finite = evaluation.change.isnan()
-        changed = ~(evaluation.change <= tolerance)
-        equations = evaluation.equations
-        if self.residual is not None:
-            largest = evaluation.change.masked_fill(non_finite, float("inf")).amax(dim=1)
-            row = torch.where(running, largest.to(self.residual.dtype), 0.0)
-            self.residual.index_copy_(0, (self.step - 1).clamp(max=self.residual.shape[0] - 1), row[None])
-        if equations is None:
-            self.evaluated_in.copy_(step.expand_as(self.evaluated_in))
-            self.changed_in.copy_(torch.where(changed, step, self.changed_in))
-            self.non_finite.copy_(non_finite)
-            width: int | Tensor = self.changed_in.shape[1]
-        else:
-            where = _per_sample(equations, evaluation.change)
-            self.evaluated_in.scatter_(1, where, step.expand(where.shape))
-            self.changed_in.scatter_(1, where, torch.where(changed, step, self.changed_in.gather(1, where)))
-            self.non_finite.scatter_(1, where, non_finite)
-            width = 1 + (where[:, 1:] != where[:, :-1]).sum(dim=1)  # distinct equations
-        latest_change = self.changed_in.cummax(dim=1).values
-        consistent = self.evaluated_in > torch.nn.functional.pad(latest_change[:, :-1], (1, 0))
-        length = consistent.shape[1]
-        first_open = torch.where(consistent & ~self.non_finite, length, self.positions).amin(dim=1)
-        # All before the first open equation is final. If it was evaluated from that, its own value is at fault.
-        failed = consistent.gather(1, first_open.clamp(max=length - 1)[:, None])[:, 0] & (first_open < length)
-        # The books of a finished sample are closed, whatever its neighbours' iterations do to the common buffers.
-        self.frontier.copy_(torch.where(running, first_open, self.frontier))
-        self.iterations += running
-        self.evaluations += running * width
-        outcome = torch.where(failed, _NON_FINITE, torch.where(first_open == length, _SOLVED, _RUNNING))
-        self.status.copy_(torch.where(running, outcome.to(torch.int8), self.status))
-        finished = (self.status != _RUNNING).all()
-        self.progress.copy_(self.step * 2 + finished)
-
-    def _enter_fused(self, fused: FusedBooks) -> None:
-        """Take over the books of an evaluation that ran to the end."""
-        self.step += 1
-        self.iterations.copy_(fused.iterations)
-        self.evaluations.copy_(fused.evaluations)
-        self.frontier.copy_(fused.frontier)
-        self.changed_in.copy_(fused.changed_in)
-        if self.residual is not None and fused.residual is not None:
-            self.residual.copy_(fused.residual)
-        outcome = torch.where(self.frontier == self.changed_in.shape[1], _SOLVED, _LIMIT)
-        self.status.copy_(torch.where(fused.failed != 0, _NON_FINITE, outcome))
-        self.progress.copy_(self.step * 2 + 1)
-
-    def close_predetermined(self, value: Tensor, limit: int) -> None:
-        """The books of a fixed sweep are written once, at the end: only where it went astray matters."""
-        finite = value.isfinite().flatten(2).all(dim=2) if value.dim() > 2 else value.isfinite()
-        finite = torch.where(self.positions < limit, finite, True)
-        length = len(self.positions)
-        first_bad = torch.where(finite, length, self.positions).amin(dim=1)
-        self.frontier.copy_(first_bad.clamp(max=limit))
-        self.status.fill_(_SOLVED if limit == length else _RUNNING).masked_fill_(first_bad < limit, _NON_FINITE)
-        self.iterations.fill_(limit)
-        self.evaluations.fill_(limit)
-
-
-def _per_sample(equations: int | Tensor, change: Tensor) -> Tensor:
-    index = torch.full((1,), equations, device=change.device) if isinstance(equations, int) else equations
-    return index.expand(change.shape)
 
 
 class SolverLoop:
@@ -242,7 +107,7 @@ class SolverLoop:
         books = self._books
         assert books is not None
         equations = self.solver.equations(self.system, books.frontier, books.step)
-        running = books.status == _RUNNING
+        running = books.status == RUNNING
         books.enter(self.system.evaluate(self._state, equations, books.frontier, running), running, self.stopping)
 
     def _predetermined_iteration(self, step: int) -> None:
@@ -326,7 +191,7 @@ class SolverLoop:
         iterations = books.iterations.clone()
         solved = Status.CONVERGED if self.stopping.exact or self.solver.predetermined else Status.SETTLED
         limit = Status.ITERATION_LIMIT
-        names = {_RUNNING: limit, _SOLVED: solved, _NON_FINITE: Status.NON_FINITE, _LIMIT: limit}
+        names = {RUNNING: limit, SOLVED: solved, FAILED: Status.NON_FINITE, LIMIT: limit}
         return Solution(
             value=value,
             status=[names[code] for code in books.status.tolist()],
