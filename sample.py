@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ def sample(config: Any) -> Any:
 
     from lit_parallel.checkpoint import load, saved_config
     from lit_parallel.config import to_container
+    from lit_parallel.cublas import keep_sums_whole
     from lit_parallel.report import print_table, write_results
     from lit_parallel.runs import new_run_folder, newest_checkpoint, run_folder_of
     from lit_parallel.sampling.predict import PartWriter, SampleIndices, SamplingModule
@@ -31,9 +31,7 @@ def sample(config: Any) -> Any:
     from lit_parallel.tracking import build_logger, finish, how_to_look, log_sampling
     from lit_parallel.trainer import build_trainer, check_precision, check_trainer
 
-    # Before CUDA starts: cuBLAS is not to split inner dimensions, so that cached sums have the bits of full ones. Where
-    # it is too late for that, the certificate needs a few more iterations.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    keep_sums_whole()
     # Everything that can be wrong is tried before anything is written.
     check_precision(config.trainer)
     check_trainer(config.trainer)

@@ -18,15 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# Before CUDA starts: cuBLAS is not to split inner dimensions, so that cached sums have the bits of full ones.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from lit_parallel.config import TrainConfig, load_config
+from lit_parallel.cublas import keep_sums_whole
 from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.modules.made import MadeModule
 from lit_parallel.report import environment, write_json
@@ -100,7 +98,9 @@ def measure(model: MadeModule, args: argparse.Namespace, device: torch.device) -
     return rows
 
 
-def trained(name: str, config: str, overrides: list[str], checkpoint: Path | None) -> tuple[MadeModule, dict[str, Any]]:
+def trained(
+    config: str, overrides: list[str], checkpoint: Path | None, runs_folder: Path | None
+) -> tuple[MadeModule, dict[str, Any]]:
     """A MADE trained here, or loaded."""
     if checkpoint is not None:
         from lit_parallel.checkpoint import load
@@ -109,7 +109,11 @@ def trained(name: str, config: str, overrides: list[str], checkpoint: Path | Non
         facts: dict[str, Any] = {"checkpoint": str(checkpoint)}
     else:
         with tempfile.TemporaryDirectory() as folder:
-            common = [f"runs_folder={folder}", "wandb.mode=disabled", "callbacks.sample_grid.enabled=false"]
+            common = [
+                f"runs_folder={runs_folder or folder}",
+                "wandb.mode=disabled",
+                "callbacks.sample_grid.enabled=false",
+            ]
             quiet = ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
             result = train(load_config(TrainConfig, CONFIGS / config, [*common, *quiet, *overrides]))
             from lit_parallel.checkpoint import load
@@ -155,14 +159,20 @@ def main() -> None:
     parser.add_argument("--kernel-windows", type=int, nargs="+", default=[64], help="windows of the kernel")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", default=["28x28x1", "32x32x3"], choices=["28x28x1", "32x32x3"])
+    parser.add_argument("--runs-folder", type=Path, help="keep the training runs here")
+    parser.add_argument(
+        "--split-sums", action="store_true", help="let cuBLAS split inner dimensions, as it does by default"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args()
 
+    if not args.split_sums:
+        keep_sums_whole()
     device = torch.device(args.device)
     report: dict[str, Any] = {
         "command": "python -m benchmarks.made " + " ".join(sys.argv[1:]),
         "environment": environment(device) | {"platform": platform.platform()},
-        "cublas_workspace_config": os.environ["CUBLAS_WORKSPACE_CONFIG"] if device.type == "cuda" else None,
+        "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG", "default"),
         "samples": args.samples,
         "shapes": {},
     }
@@ -175,7 +185,7 @@ def main() -> None:
         overrides = [f"data.folder={json.dumps(folder)}", "data.allow_partial=true"] if folder else []
         overrides += [f"trainer.max_epochs={args.epochs}"] if args.epochs else []
         checkpoint = args.mnist_checkpoint if grey else args.cifar10_checkpoint
-        model, facts = trained(shape, config, overrides, checkpoint)
+        model, facts = trained(config, overrides, checkpoint, args.runs_folder)
         rows = measure(model, args, device)
         report["shapes"][shape] = {"model": facts, "rows": rows}
         print_rows(f"{shape}, {args.samples} images, {report['environment']['device_name']}, float32", rows)

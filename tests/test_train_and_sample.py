@@ -204,6 +204,17 @@ def test_two_processes_write_the_images_of_one(checkpoint, tmp_path):
     assert done.stdout.count("10 images sampled") == 1  # only the first process speaks
 
 
+def test_two_processes_train_into_one_run_folder(tmp_path):
+    command = [sys.executable, "train.py", *QUICK, f"runs_folder={tmp_path}", "trainer.devices=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "made_mnist5k").iterdir()
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+    assert done.stdout.count("run folder") == 1
+
+
 # -- what can go wrong ------------------------------------------------------------------------------------------
 
 

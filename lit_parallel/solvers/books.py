@@ -96,7 +96,8 @@ class Books:
         if stopping.relative_tolerance > 0:
             tolerance = tolerance + stopping.relative_tolerance * evaluation.size()
         non_finite = evaluation.change.isnan()
-        changed = ~(evaluation.change <= tolerance)
+        # The books of a finished sample are closed, whatever its neighbours' iterations still do.
+        changed = ~(evaluation.change <= tolerance) & running[:, None]
         equations = evaluation.equations
         if self.residual is not None:
             largest = evaluation.change.masked_fill(non_finite, float("inf")).amax(dim=1)
@@ -119,7 +120,6 @@ class Books:
         first_open = torch.where(consistent & ~self.non_finite, length, self._positions).amin(dim=1)
         # All before the first open equation is final. If it was evaluated from that, its own value is at fault.
         failed = consistent.gather(1, first_open.clamp(max=length - 1)[:, None])[:, 0] & (first_open < length)
-        # The books of a finished sample are closed, whatever its neighbours' iterations do to the common buffers.
         self.frontier.copy_(torch.where(running, first_open, self.frontier))
         self.iterations += running
         self.evaluations += running * width

@@ -119,6 +119,9 @@ def test_a_non_finite_sample_ends_alone(solver):
     assert solution.frontier.tolist() == [10, 10, 4, 10]
     assert torch.equal(solution.value[2, :4], by_hand(chain(1, 10))[0, :4])
     assert solution.value.isfinite().all()
+    if solution.final_iteration is not None:  # its books were closed when it failed
+        assert (solution.final_iteration[2] <= solution.iterations[2]).all()
+        assert solution.iterations[2] < solution.iterations[0] or isinstance(solver, JacobiGS)
     with pytest.raises(SolverError, match="1 of 4 samples were not solved; sample 2, equation 4 of 10"):
         solution.raise_if_failed()
 
