@@ -29,11 +29,11 @@ def sample(config: Any) -> Any:
     from lit_parallel.sampling.predict import PartWriter, SampleIndices, SamplingModule
     from lit_parallel.solvers import build_solver
     from lit_parallel.tracking import build_logger, finish, how_to_look, log_sampling
-    from lit_parallel.trainer import build_trainer, check_precision, check_trainer
+    from lit_parallel.trainer import build_trainer, check_sampling, check_trainer, lightning_refusals
 
     keep_sums_whole()
     # Everything that can be wrong is tried before anything is written.
-    check_precision(config.trainer)
+    check_sampling(config.trainer)
     check_trainer(config.trainer)
     build_solver(config.solver)
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.runs_folder)
@@ -55,12 +55,13 @@ def sample(config: Any) -> Any:
     batch_size = min(config.batch_size, config.num_samples)
     try:
         module = SamplingModule(model, config.solver, batch_size, config.seed)
-        trainer.predict(module, SampleIndices(config.num_samples, batch_size), return_predictions=False)
+        with lightning_refusals():
+            trainer.predict(module, SampleIndices(config.num_samples, batch_size), return_predictions=False)
         device = trainer.strategy.root_device
         trainer.strategy.barrier("all parts are written")
         if not trainer.is_global_zero:
             return None
-        results = write_results(config, model.to(device), writer.folder, folder, checkpoint)
+        results = write_results(config, model.to(device), writer.folder, folder, checkpoint, module.totals)
         rows = [measurement.row() for measurement in results.measurements]
         log_sampling(logger, results.solution, results.images, rows, results.wall_clock_speedup)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def train(config: Any) -> TrainResult:
     from lit_parallel.data.datasets import build_data
     from lit_parallel.runs import new_run_folder
     from lit_parallel.tracking import build_logger, finish, how_to_look
-    from lit_parallel.trainer import build_trainer, check_trainer
+    from lit_parallel.trainer import build_trainer, check_trainer, lightning_refusals
 
     # Everything that can be wrong is tried before a run folder exists.
     check_trainer(config.trainer)
@@ -54,21 +55,29 @@ def train(config: Any) -> TrainResult:
     data.prepare_data()
     data.setup("fit")
     model = build_model(config, data.image_shape)
+    build_training_callbacks(config, Path())
     folder = new_run_folder(config.runs_folder, config.experiment)
-    container = to_container(config)
-    logger = build_logger(config.wandb, folder, config=container, experiment=config.experiment, job_type="train")
-    trainer = build_trainer(
-        config.trainer,
-        callbacks=build_training_callbacks(config, folder),
-        logger=logger if logger is not None else False,
-        default_root_dir=folder,
+    logger = build_logger(
+        config.wandb, folder, config=to_container(config), experiment=config.experiment, job_type="train"
     )
-    if trainer.is_global_zero:
-        save_config(config, folder / "config.yaml")
-        print(f"{config.experiment}: {sum(p.numel() for p in model.parameters()):,} parameters; run folder {folder}")
     try:
-        trainer.fit(model, datamodule=data)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        trainer = build_trainer(
+            config.trainer,
+            callbacks=build_training_callbacks(config, folder),
+            logger=logger if logger is not None else False,
+            default_root_dir=folder,
+            enable_checkpointing=not config.trainer.fast_dev_run,
+        )
+        if trainer.is_global_zero:
+            save_config(config, folder / "config.yaml")
+            size = sum(parameter.numel() for parameter in model.parameters())
+            print(f"{config.experiment}: {size:,} parameters; run folder {folder}")
+        with lightning_refusals():
+            trainer.fit(model, datamodule=data)
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            if trainer.state.finished:
+                trainer.test(model, datamodule=data, verbose=False)
+                metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     finally:
         finish(logger)
     checkpoint = folder / "checkpoints" / "last.ckpt"
@@ -78,10 +87,12 @@ def train(config: Any) -> TrainResult:
 
 
 def _report(result: TrainResult, hints: list[str]) -> None:
-    for name in ("train/bits_per_dim", "val/bits_per_dim"):
+    for name in ("train/bits_per_dim", "val/bits_per_dim", "test/bits_per_dim"):
         if name in result.metrics:
             print(f"{name}: {result.metrics[name]:.3f}")
-    if result.checkpoint is not None:
+    if any(not math.isfinite(value) for value in result.metrics.values()):
+        print("training diverged: its values are not finite; train again with a smaller optimizer.lr")
+    elif result.checkpoint is not None:
         print(f"checkpoint: {result.checkpoint}")
         print(f"sample it:  python sample.py --checkpoint {result.checkpoint}")
     for line in hints:

@@ -28,16 +28,18 @@ def build_training_callbacks(config: TrainConfig, folder: Path) -> list[pl.Callb
     options = config.callbacks
     validates = config.data.validation_fraction > 0 and config.trainer.limit_val_batches != 0
     monitor = "val/bits_per_dim" if validates else None
-    callbacks: list[pl.Callback] = [
-        ModelCheckpoint(
-            dirpath=folder / "checkpoints",
-            filename="best" if validates else "epoch-{epoch:04d}",
-            monitor=monitor,
-            save_last=True,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
+    callbacks: list[pl.Callback] = []
+    if not config.trainer.fast_dev_run:  # the weights of a trial are not to be sampled by mistake
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=folder / "checkpoints",
+                filename="best" if validates else "epoch-{epoch:04d}",
+                monitor=monitor,
+                save_last=True,
+                auto_insert_metric_name=False,
+                enable_version_counter=False,
+            )
         )
-    ]
     if options.sample_grid.enabled:
         callbacks.append(
             SampleGrid(
@@ -69,6 +71,6 @@ def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Te
 
     def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
         n = float(updates)
-        return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
+        return averaged.lerp(current.to(averaged.dtype), 1 - min(decay, (1 + n) / (10 + n)))
 
     return average

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_parallel.config import load_config
-from lit_parallel.errors import UserError, did_you_mean
+from lit_parallel.errors import UserError, did_you_mean, first_line
 from lit_parallel.options import Group, Option, describe_type, fields_of, iterate_groups, join_key, option_keys
 
 Schema = TypeVar("Schema")
@@ -122,6 +122,14 @@ def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
     except KeyboardInterrupt:
         _complain("interrupted")
         return 130
+    except SystemExit as error:  # Lightning's answer to Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            _complain("interrupted")
+            return 130
+        raise
+    except OSError as error:
+        _complain(f"error: {error.strerror or first_line(error)}: '{error.filename or 'is the disk full?'}'")
+        return 2
     return 0
 
 

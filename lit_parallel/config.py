@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lit_parallel.data.options import DataOptions
-from lit_parallel.errors import UserError, did_you_mean
+from lit_parallel.errors import UserError, did_you_mean, first_line
 from lit_parallel.modules.options import MODEL_OPTIONS, MadeOptions, OptimizerOptions
 from lit_parallel.options import (
     MAX_SEED,
@@ -42,7 +42,7 @@ _PRECISIONS = (
     *("64", "64-true", "32", "32-true", "16", "16-true", "16-mixed", "bf16", "bf16-true", "bf16-mixed"),
     *("transformer-engine", "transformer-engine-float16"),
 )
-_PROFILERS = ("simple", "advanced", "pytorch", "xla")
+_PROFILERS = ("simple", "advanced", "pytorch")
 
 
 @dataclass
@@ -66,7 +66,7 @@ class TrainerOptions:
     limit_predict_batches: int | float | None = option(None, "prediction batches, or their part", minimum=0)
     overfit_batches: int | float = option(0.0, "train on these few batches again and again, or a part", minimum=0)
     val_check_interval: int | float | str | dict[str, int] | None = option(
-        None, "validate every so many batches, part of an epoch, or time", minimum=0
+        None, "validate every so many batches, part of an epoch, or time", above=0
     )
     check_val_every_n_epoch: int | None = option(1, "validate every so many epochs", minimum=1)
     num_sanity_val_steps: int | None = option(None, "validation batches before training (null: 2; -1: all)", minimum=-1)
@@ -213,7 +213,7 @@ def from_container(schema: type[Schema], container: dict[str, Any]) -> Schema:
     except MissingMandatoryValue as error:
         raise UserError(f"Option '{error.full_key}' needs a value.") from error
     except OmegaConfBaseException as error:
-        raise UserError(f"Cannot resolve option '{error.full_key}': {_first_line(error)}.") from error
+        raise UserError(f"Cannot resolve option '{error.full_key}': {first_line(error)}.") from error
     check_options(config)
     return typing.cast(Schema, config)
 
@@ -227,7 +227,8 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        known = [file.name for pattern in ("*.yaml", "*.yml") for file in path.parent.glob(pattern)]
+        found = [file.name for pattern in ("*.yaml", "*.yml") for file in path.parent.glob(pattern)]
+        known = [name for name in found if not name.startswith(".")]
         raise UserError(f"There is no config file '{path}'.{did_you_mean(path.name, known)}") from None
     except OSError as error:
         raise UserError(f"Cannot read the config file '{path}': {error.strerror}.") from error
@@ -241,7 +242,7 @@ def _read_yaml(path: Path) -> DictConfig:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"The config file '{path}'{line}, is not valid YAML: {error.problem}.") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"Cannot read the config file '{path}': {_first_line(error)}.") from error
+        raise UserError(f"Cannot read the config file '{path}': {first_line(error)}.") from error
     raise UserError(f"The config file '{path}' must hold 'key: value' lines at its top level, not a list or a text.")
 
 
@@ -256,7 +257,7 @@ def _apply_override(given: DictConfig, override: str) -> None:
     except yaml.MarkedYAMLError as error:
         raise UserError(f"Cannot read the value of the override '{override}': {error.problem}.") from error
     except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"Cannot read the override '{override}': {_first_line(error)}.") from error
+        raise UserError(f"Cannot read the override '{override}': {first_line(error)}.") from error
 
 
 def _fill(typed: DictConfig, given: dict[Any, Any], known: list[str], prefix: str = "") -> None:
@@ -296,7 +297,3 @@ def _suggest(name: str, siblings: list[str], known: list[str]) -> str:
     """Suggest the same name in another group, or else the nearest name in this one."""
     elsewhere = [repr(key) for key in known if key.rpartition(".")[2] == name]
     return f" Did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(name, siblings)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".")

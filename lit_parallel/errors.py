@@ -12,6 +12,16 @@ class UserError(Exception):
     """
 
 
+def one_line(error: Exception) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without its full stop."""
+    return str(error).partition("\n")[0].rstrip(".")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'lr'?"`` for the nearest known word, or the list of known words if none is near."""
     known = sorted(known)

@@ -80,9 +80,9 @@ class Convergence:
 
     Attributes:
         solver: Its name in the legend.
-        error: ``[iterations + 1]`` largest distance to the sequential result, first of the initial guess, then after
+        error: ``[iterations + 1]`` mean distance to the sequential result, first of the initial guess, then after
             each parallel iteration.
-        change: ``[iterations]`` largest forward difference, the change made by each parallel iteration.
+        change: ``[iterations]`` mean forward difference, the change made by each parallel iteration.
     """
 
     solver: str
@@ -121,10 +121,10 @@ def convergence_figure(curves: list[Convergence], length: int, unit: str = "") -
     suffix = f" [{unit}]" if unit else ""
     error_axes.set_title("Error (distance to the sequential result)", fontsize=10)
     _draw_panel(error_axes, [(curve.solver, curve.error) for curve in curves], 0, length)
-    error_axes.set_ylabel(rf"$\max_t\,|x^{{(k)}}_t - x_t|${suffix}")
+    error_axes.set_ylabel(rf"mean over t of $|x^{{(k)}}_t - x_t|${suffix}")
     change_axes.set_title("Forward difference (change in one iteration)", fontsize=10)
     _draw_panel(change_axes, [(curve.solver, curve.change) for curve in curves], 1, length)
-    change_axes.set_ylabel(rf"$\max_t\,|x^{{(k)}}_t - x^{{(k-1)}}_t|${suffix}")
+    change_axes.set_ylabel(rf"mean over t of $|x^{{(k)}}_t - x^{{(k-1)}}_t|${suffix}")
 
     lines, names = error_axes.get_legend_handles_labels()
     zero = Line2D([], [], color="0.35", linestyle="none", marker="o", markersize=6)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,7 @@ from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.plots import Convergence, convergence_figure, save_figure, save_image_grid
 from lit_parallel.sampling.compare import Measurement, compare, convergence_curves
 from lit_parallel.sampling.predict import read_parts
+from lit_parallel.sampling.sampler import Sampler
 from lit_parallel.solution import Solution
 
 GRID_IMAGES = 100
@@ -55,7 +57,12 @@ class SamplingResults:
 
 
 def write_results(
-    config: SampleConfig, model: AutoregressiveModule, parts: Path, folder: Path, checkpoint: Path
+    config: SampleConfig,
+    model: AutoregressiveModule,
+    parts: Path,
+    folder: Path,
+    checkpoint: Path,
+    totals: dict[str, float],
 ) -> SamplingResults:
     """Join what the processes wrote, measure the baselines on the first batch, and write report and pictures.
 
@@ -67,6 +74,7 @@ def write_results(
         parts: The folder of the parts; removed at the end.
         folder: The run folder.
         checkpoint: What the model was loaded from.
+        totals: Iterations and iteration speedup over all processes, reduced by their metrics.
     """
     images, solution = read_parts(parts, config.num_samples)
     batch_size = min(config.batch_size, config.num_samples)
@@ -77,15 +85,20 @@ def write_results(
     baselines = config.compare.baselines
     measurements = compare(
         model,
-        [config.solver],
+        [] if config.solver.name in baselines else [config.solver],
         baselines,
         batch_size=batch_size,
         seed=config.seed,
         indices=first_batch,
         repeats=config.compare.repeats,
     )
-    exact = measurements[0].solution
-    if config.compare.curves and exact.all_solved:
+    measurements.sort(key=lambda measurement: measurement.solver != config.solver.name)  # the chosen one first
+    exact = next((m.solution for m in measurements if m.solver == "sequential"), None)
+    if exact is None:
+        first = measurements[0].solution
+        by_definition = Sampler(model, "sequential", batch_size, config.seed)
+        exact = first if first.certified.all() else by_definition.batch(first_batch)[1]
+    if config.compare.curves:
         others = [name for name in ("jacobi", "sequential") if name != config.solver.name]
         curves = convergence_curves(
             model,
@@ -109,6 +122,7 @@ def write_results(
         "environment": facts,
         "certified": bool(solution.certified.all()),
         "solution": solution.summary(),
+        "all_processes": totals,
         "comparison": {"what": title, "rows": [measurement.row() for measurement in measurements]},
         "samples": per_sample(solution),
     }
@@ -116,6 +130,8 @@ def write_results(
     for name in ("report.json", "samples.png", "convergence.png"):
         if (kept / name).is_file():
             shutil.copyfile(kept / name, folder / name)
+        else:  # an older one would not belong to the new report
+            (folder / name).unlink(missing_ok=True)
     shutil.rmtree(parts)
     return SamplingResults(folder, images, solution, measurements, report, title, _notes(solution, folder, kept))
 
@@ -123,9 +139,12 @@ def write_results(
 def _notes(solution: Solution, folder: Path, kept: Path) -> list[str]:
     summary = solution.summary()
     certified = int(solution.certified.sum())
-    lines = [f"{len(solution.status)} images sampled; {certified} certified bit for bit by a full evaluation"]
+    how = f"{certified} certified bit for bit by a full evaluation"
+    if solution.solver == "sequential":
+        how = "sequential evaluation is the definition, so there is nothing to certify"
+    lines = [f"{len(solution.status)} images sampled; {how}"]
     if not solution.all_solved:
-        lines.append(f"not all were solved: {summary['status']}")
+        lines.append(f"NOT all were solved, and no speedup counts: {summary['status']}")
     lines.append(f"look at:  {folder / 'samples.png'}")
     if (kept / "convergence.png").is_file():
         lines.append(f"          {folder / 'convergence.png'}")
@@ -180,16 +199,15 @@ def per_sample(solution: Solution) -> dict[str, list[Any]]:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a report; a number that JSON cannot hold becomes null."""
-    text = json.dumps(content, indent=2, default=str, allow_nan=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(_finite(json.loads(text)), indent=2, allow_nan=False) + "\n")
+    unfinished.write_text(json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n")
     unfinished.replace(path)
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     if isinstance(value, float) and value - value != 0:
         return None
@@ -198,15 +216,12 @@ def _finite(value: Any) -> Any:
 
 def print_table(measurements: Sequence[Measurement], *, title: str, baselines: Sequence[str]) -> None:
     """Print one line per solver: iterations, work and time side by side, never mixed."""
-    table = Table(title=title, title_justify="left", title_style="")
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("solver", no_wrap=True)
-    columns = ["iterations\nmean / max", "iteration\nspeedup", "work\n(sweeps)", "seconds"]
-    for name in (
-        *columns,
-        *(f"speedup over\n{name.replace('_', ' ')}" for name in baselines),
-        "bitwise equal\nto sequential",
-    ):
-        table.add_column(name, justify="right")
+    columns = ["iterations\nmean / max", "iteration\nspeedup", "work", "seconds"]
+    columns += [f"speedup over\n{name.replace('_', ' ')}" for name in baselines]
+    for name in (*columns, "bitwise equal\nto sequential"):
+        table.add_column(name, justify="right", no_wrap=True)
     for measurement in measurements:
         numbers = measurement.solution.summary()
         certificate = numbers["certificate_iterations_max"]
@@ -214,19 +229,26 @@ def print_table(measurements: Sequence[Measurement], *, title: str, baselines: S
         table.add_row(
             measurement.solver,
             iterations + (f" + {certificate}" if certificate else ""),
-            f"{numbers['iteration_speedup']:.1f}x",
+            f"{numbers['iteration_speedup']:.1f}x" if measurement.solution.all_solved else "not solved",
             f"{numbers['work']:.1f}",
             f"{measurement.median_seconds:.4f}",
-            *(f"{measurement.speedup[name]:.2f}x" for name in baselines),
+            *(_times(measurement.speedup[name]) for name in baselines),
             _equality(measurement),
+            style="bold" if measurement is measurements[0] else None,
         )
     console = Console()
     if not console.is_terminal:
         console = Console(width=110)
     console.print(table)
+    if any(measurement.solution.certificate_iterations.any() for measurement in measurements):
+        console.print("iterations: + those of the certificate; work: equations evaluated, relative to sequential")
+
+
+def _times(speedup: float) -> str:
+    return f"{speedup:.2f}x" if speedup == speedup else "not solved"
 
 
 def _equality(measurement: Measurement) -> str:
     if measurement.equal is None:
         return "not compared"
-    return "yes" if measurement.equal else f"no (by {measurement.largest_difference:.0e})"
+    return "yes" if measurement.equal else f"no, {measurement.largest_difference:.0e}"

@@ -16,6 +16,8 @@ def new_run_folder(runs_folder: str | Path, experiment: str) -> Path:
     Raises:
         UserError: If the folder cannot be created.
     """
+    if Path(experiment).name != experiment:
+        raise UserError(f"experiment names a folder and must be a plain name, not '{experiment}'.")
     parent = Path(runs_folder) / experiment
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = parent / stamp
@@ -28,7 +30,9 @@ def new_run_folder(runs_folder: str | Path, experiment: str) -> Path:
             folder = parent / f"{stamp}-{attempt}"
             continue
         except OSError as error:
-            raise UserError(f"Cannot create the run folder '{folder}': {error.strerror}. Set runs_folder.") from error
+            raise UserError(
+                f"Cannot create the run folder '{folder}': {error.strerror}. Name another folder."
+            ) from error
         return folder
     raise UserError(f"Cannot find a free name for a run folder in '{parent}'. Set runs_folder.")
 

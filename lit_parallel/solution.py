@@ -32,9 +32,10 @@ class Solution:
     Attributes:
         value: ``[batch, length, ...]`` the final iterate; for a sample that failed, the best one there is.
         status: One :class:`Status` per sample.
-        iterations: ``[batch]`` parallel iterations until the sample was known to be solved.
+        iterations: ``[batch]`` parallel iterations until the sample was known to be solved; where samples share a
+            window (``IncrementalMadeSystem``), those in which it waited for its neighbours too.
         evaluations: ``[batch]`` equations evaluated in them (the work; sequential evaluation needs ``length``).
-        frontier: ``[batch]`` number of leading equations known to be final.
+        frontier: ``[batch]`` number of leading equations known to be final; after a tolerance, only settled.
         certified: ``[batch]`` whether one full evaluation of the reference system reproduced the value bit for bit.
         certificate_iterations: ``[batch]`` reference evaluations that took (1: reproduced at once; more: repaired).
         seconds: Wall-clock time of the iterations and the certificate, without :attr:`setup_seconds`.
@@ -42,8 +43,9 @@ class Solution:
         setup_seconds: Time to allocate and to capture the CUDA graph, if one was used; paid once per loop.
         length: Number of equations, T.
         solver: Name of the solver.
-        final_iteration: ``[batch, length]`` the iteration in which each equation took its final value (the iteration
-            map), or ``None`` for the sequential solver, where it is ``t + 1``.
+        final_iteration: ``[batch, length]`` the solver's iteration in which each equation changed last, which is when
+            it took its final value (the iteration map); ``None`` for the sequential solver, where it is ``t + 1``.
+            What a certificate repaired came later still.
         residual: ``[iterations, batch]`` largest change in each iteration (not an error), if recorded. Infinite where
             a value beyond the frontier was not finite.
     """

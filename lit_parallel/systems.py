@@ -151,8 +151,12 @@ class TensorSystem(TriangularSystem):
     """
 
     def __init__(self, guess: Tensor) -> None:
-        if guess.dim() < 2:
-            raise ValueError(f"the initial guess must be [batch, length, ...], got shape {list(guess.shape)}")
+        if guess.dim() < 2 or guess.numel() == 0:
+            raise ValueError(
+                f"the initial guess must be [batch, length, ...] and not empty, got shape {list(guess.shape)}"
+            )
+        if not bool(guess.isfinite().all()):
+            raise ValueError("the initial guess must be finite: it replaces values that are not")
         self.guess = guess
         self.batch_size, self.length = guess.shape[:2]
         self.device = guess.device
@@ -165,13 +169,18 @@ class TensorSystem(TriangularSystem):
         return self.guess.clone()
 
     def reset(self, state: Tensor, value: Tensor | None = None) -> None:
-        state.copy_(self.guess if value is None else value)
+        if value is None:
+            state.copy_(self.guess)
+        else:
+            state.copy_(torch.where(value.isfinite(), value, self.guess))
 
     def value(self, state: Tensor) -> Tensor:
         return state.clone()
 
     def evaluate(self, state: Tensor, equations: Equations, frontier: Tensor, running: Tensor | None) -> Evaluation:
         new = select(self.function(state), equations)
+        if new.dtype != state.dtype:
+            raise TypeError(f"function() returned {new.dtype} for an iterate of {state.dtype}: they must agree")
         return write(state, equations, new, select(self.guess, equations), running)
 
 
@@ -212,9 +221,15 @@ def write(state: Tensor, equations: Equations, new: Tensor, guess: Tensor, runni
     if running is not None:
         new = torch.where(_like(running, new), new, old)
     if finite is not None:
-        change = _over_items((new - old).abs(), torch.amax).masked_fill(~finite, float("nan"))
+        distance = (new - old).abs()
+        # -0.0 equals 0.0 but is another value: what reads it may tell them apart.
+        tiny = torch.finfo(distance.dtype).tiny
+        distance = torch.where(new.signbit() != old.signbit(), distance.clamp(min=tiny), distance)
+        change = _over_items(distance, torch.amax).masked_fill(~finite, float("nan"))
     else:
-        change = _over_items(new != old, torch.any).float()
+        # In float64, where large integers may round to the same number: what differs, differs by at least 1.
+        distance = torch.where(new != old, (new.double() - old.double()).abs().clamp(min=1), 0.0)
+        change = _over_items(distance, torch.amax)
     if equations is None:
         state.copy_(new)
     elif equations.dim() == 1:

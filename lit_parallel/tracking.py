@@ -15,7 +15,7 @@ from torch import Tensor
 from wandb.sdk.lib import wbauth
 
 from lit_parallel.config import WandbOptions
-from lit_parallel.errors import UserError
+from lit_parallel.errors import UserError, one_line
 from lit_parallel.plots import image_grid
 from lit_parallel.solution import Solution
 
@@ -71,7 +71,7 @@ def build_logger(
             f"Weights & Biases did not start ({reason}): set wandb.mode=offline and upload later."
         ) from error
     except (wandb.errors.Error, ValueError) as error:  # such as a tag or project that it does not accept
-        raise UserError(f"Weights & Biases refuses the options under 'wandb': {_one_line(error)}") from error
+        raise UserError(f"Weights & Biases refuses the options under 'wandb': {one_line(error)}") from error
     # Lightning's values draw against its step; the residuals of a run, having a step of their own, as one curve.
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     run.define_metric("solver/iteration", hidden=True)
@@ -90,15 +90,11 @@ def _check_api_key() -> None:
         key = wbauth.authenticate_session(host=host, source="wandb", prompt=False, update_session=False)
     except wandb.errors.Error as error:
         raise UserError(
-            f"wandb.mode=online needs a valid API key ({_one_line(error)}): run 'wandb login', or set "
+            f"wandb.mode=online needs a valid API key ({one_line(error)}): run 'wandb login', or set "
             "wandb.mode=offline."
         ) from error
     if key is None:
         raise UserError("wandb.mode=online needs an API key: run 'wandb login' once, or set wandb.mode=offline.")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def log_images(logger: Any, name: str, images: Tensor, caption: str = "") -> None:
@@ -128,11 +124,13 @@ def log_sampling(
         return
     run = logger.experiment
     summary = solution.summary()
-    names = ("iterations_mean", "iterations_max", "iteration_speedup", "work", "seconds")
+    names = ["iterations_mean", "iterations_max", "work", "seconds"]
+    if solution.all_solved:  # what was not solved has no speedup
+        names.append("iteration_speedup")
     scalars: dict[str, Any] = {f"solver/{name}": summary[name] for name in names}
     scalars["solver/evaluations"] = float(solution.evaluations.double().mean())
     scalars["solver/certified"] = float(solution.certified.float().mean())
-    if wall_clock_speedup is not None:
+    if wall_clock_speedup is not None and np.isfinite(wall_clock_speedup):
         scalars["solver/wall_clock_speedup"] = wall_clock_speedup
     run.log(scalars)
     if solution.residual is not None:

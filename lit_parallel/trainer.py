@@ -1,17 +1,18 @@
 """Lightning's Trainer from a config."""
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lit_parallel.config import TrainerOptions
-from lit_parallel.errors import UserError
+from lit_parallel.errors import UserError, one_line
 
 
 def build_trainer(options: TrainerOptions, *, callbacks: Sequence[pl.Callback], **arguments: Any) -> pl.Trainer:
@@ -31,8 +32,21 @@ def build_trainer(options: TrainerOptions, *, callbacks: Sequence[pl.Callback], 
     given = {name: value for name, value in given.items() if name in known}
     try:
         return pl.Trainer(**given, callbacks=list(callbacks), **arguments)
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"Lightning's Trainer refuses the options under 'trainer': {_one_line(error)}") from error
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        raise UserError(f"Lightning's Trainer refuses the options under 'trainer': {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def lightning_refusals() -> Iterator[None]:
+    """Turn what Lightning finds wrong with the options only when it starts into one line."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(f"Lightning refuses the options under 'trainer': {one_line(error)}") from error
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        raise UserError(f"Lightning refuses trainer.val_check_interval: {one_line(error)}") from error
 
 
 def check_trainer(options: TrainerOptions) -> None:
@@ -40,20 +54,20 @@ def check_trainer(options: TrainerOptions) -> None:
     build_trainer(options, callbacks=[], logger=False, enable_checkpointing=False)
 
 
-def check_precision(options: TrainerOptions) -> None:
-    """Refuse to sample in an arithmetic that the samples cannot be trusted in.
+def check_sampling(options: TrainerOptions) -> None:
+    """Refuse options that samples cannot be trusted with.
 
     Raises:
-        UserError: If ``trainer.precision`` is neither 32 nor 64 bits.
+        UserError: If ``trainer.precision`` is neither 32 nor 64 bits, or batches would be left out.
     """
+    if options.limit_predict_batches is not None or options.fast_dev_run:
+        raise UserError(
+            "sampling draws all images: set num_samples, not trainer.limit_predict_batches or fast_dev_run."
+        )
     if options.precision not in (None, "32", "32-true", "64", "64-true"):
         raise UserError(
             f"trainer.precision={options.precision} is too coarse for exact samples: leave it out, or use 64-true."
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _quieten() -> None:

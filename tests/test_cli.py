@@ -199,3 +199,22 @@ def test_a_real_process_ends_with_status_2_and_no_traceback():
     done = subprocess.run([sys.executable, "-c", SCRIPT, "--lr=3"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: Unknown flag '--lr'. Did you mean 'optimizer.lr=3'?\n"
+
+
+def test_an_exit_after_ctrl_c_has_its_own_status(capsys):
+    def main(argv):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)  # noqa: B904  (as Lightning does)
+
+    assert run_command(main, []) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def main(argv):
+        raise OSError(28, "No space left on device", "runs/x/last.ckpt")
+
+    assert run_command(main, []) == 2
+    assert capsys.readouterr().err == "error: No space left on device: 'runs/x/last.ckpt'\n"

@@ -191,8 +191,9 @@ def test_sampling_is_logged_to_wandb(checkpoint):
     assert scalars < pictures
 
 
-def test_two_processes_write_the_images_of_one(checkpoint, tmp_path):
-    common = ["num_samples=10", "batch_size=3", "seed=3", "compare.baselines=[]", "compare.curves=false"]
+@pytest.mark.parametrize("number", [10, 2])  # the second: one batch for two processes
+def test_two_processes_write_the_images_of_one(checkpoint, tmp_path, number):
+    common = [f"num_samples={number}", "batch_size=3", "seed=3", "compare.baselines=[]", "compare.curves=false"]
     alone = run_sample(f"checkpoint={checkpoint}", *common, f"output={tmp_path / 'one'}").images
     command = [sys.executable, "sample.py", "--checkpoint", str(checkpoint), *common, *CPU]
     command += ["trainer.devices=2", "trainer.strategy=ddp", f"output={tmp_path / 'two'}"]
@@ -201,7 +202,7 @@ def test_two_processes_write_the_images_of_one(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (images,) = (tmp_path / "two" / "sampling").glob("*/images.pt")
     assert torch.equal(torch.load(images, weights_only=True), alone)
-    assert done.stdout.count("10 images sampled") == 1  # only the first process speaks
+    assert done.stdout.count(f"{len(alone)} images sampled") == 1  # only the first process speaks
 
 
 def test_two_processes_train_into_one_run_folder(tmp_path):
@@ -213,6 +214,54 @@ def test_two_processes_train_into_one_run_folder(tmp_path):
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     assert done.stdout.count("run folder") == 1
+
+
+def test_a_trial_run_leaves_no_checkpoint_to_sample(tmp_path):
+    quiet = [option for option in QUICK if "limit" not in option and "epochs" not in option]
+    result = train(
+        load_config(
+            TrainConfig,
+            DEFAULT_CONFIG,
+            [f"runs_folder={tmp_path}", *quiet, "trainer.fast_dev_run=true", "wandb.mode=disabled"],
+        )
+    )
+    assert result.checkpoint is None
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_training_in_double_precision(tmp_path):
+    overrides = [f"runs_folder={tmp_path}", *QUICK, "trainer.precision=64-true", "wandb.mode=disabled"]
+    result = train(load_config(TrainConfig, DEFAULT_CONFIG, overrides))
+    assert {"val/bits_per_dim", "test/bits_per_dim"} <= result.metrics.keys()
+
+
+def test_an_older_figure_is_not_left_beside_a_new_report(checkpoint):
+    common = [f"checkpoint={checkpoint}", "num_samples=2", "compare.baselines=[]"]
+    folder = run_sample(*common).folder
+    assert (folder / "convergence.png").is_file()
+    run_sample(*common, "compare.curves=false")
+    assert not (folder / "convergence.png").exists()
+
+
+def test_what_is_not_solved_has_no_speedup(checkpoint, capsys):
+    results = run_sample(
+        f"checkpoint={checkpoint}",
+        "num_samples=2",
+        "solver.max_iterations=2",
+        "compare.repeats=1",
+        "compare.curves=false",
+    )
+    assert results.report["comparison"]["rows"][0]["status"] == {"iteration_limit": 2}
+    assert results.wall_clock_speedup != results.wall_clock_speedup
+    printed = capsys.readouterr().out
+    assert "not solved" in printed
+    assert "NOT all were solved" in printed
+    assert json.loads((results.folder / "report.json").read_text())["certified"] is False
+
+
+def test_a_solver_that_is_a_baseline_stands_in_the_table_once(checkpoint):
+    results = run_sample(f"checkpoint={checkpoint}", "num_samples=2", "solver.name=sequential", "compare.repeats=1")
+    assert [measurement.solver for measurement in results.measurements] == ["sequential", "cached_sequential"]
 
 
 # -- what can go wrong ------------------------------------------------------------------------------------------
@@ -285,6 +334,8 @@ def test_an_option_of_another_solver(checkpoint):
     ("arguments", "message"),
     [
         (["optimizer.lrr=1"], "Did you mean 'lr'?"),
+        (["experiment=../elsewhere"], "plain name"),
+        (["callbacks.early_stopping.enabled=true", "data.validation_fraction=0"], "needs validation images"),
         (["trainer.limit_train_batches=1.5"], "Lightning's Trainer refuses"),
         (["--config", "configs/made_mnist5.yaml"], "Did you mean"),
         (["data.name=mnist", "data.download=false", "data.folder=nowhere"], "nowhere"),

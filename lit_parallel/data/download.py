@@ -9,6 +9,8 @@ import pooch
 import requests
 from pytorch_lightning.utilities import rank_zero_info
 
+from lit_parallel.errors import first_line
+
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
 ATTEMPTS_PER_MIRROR = 2
@@ -45,14 +47,10 @@ def download(urls: Sequence[str], md5: str, folder: Path, processor: Callable | 
                 failure = "no connection"
                 break  # trying again would only keep a user without a network waiting
             except requests.RequestException as error:
-                failure = _first_line(error)
+                failure = first_line(error)
             except ValueError:  # pooch's word for a wrong checksum
                 failure = f"the checksum of {name} is wrong"
             except OSError as error:
-                raise DownloadError(f"cannot store {name}: {_first_line(error)}") from error
+                raise DownloadError(f"cannot store {name}: {first_line(error)}") from error
         failures.append(f"{urlsplit(url).hostname}: {failure}")
     raise DownloadError("; ".join(failures))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

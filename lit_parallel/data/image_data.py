@@ -125,7 +125,7 @@ class ImageData(pl.LightningDataModule):
         return DataLoader(
             images,
             batch_size=self.options.batch_size,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             num_workers=self.options.num_workers,
             persistent_workers=self.options.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -133,5 +133,5 @@ class ImageData(pl.LightningDataModule):
         )
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
     return batch  # a named function, because worker processes must be able to pickle it

@@ -31,6 +31,9 @@ def _write(state, new, guess, running, change, length, BLOCK: tl.constexpr):
     value = tl.where(not_finite, fallback, value)
     value = tl.where(open_, value, old)
     distance = tl.abs(value - old)
+    # -0.0 equals 0.0 but is another value: what reads it may tell them apart.
+    flipped = (value == 0.0) & (old == 0.0) & ((1.0 / value) != (1.0 / old))
+    distance = tl.where(flipped, 1e-37, distance)
     tl.store(change + at, tl.where(not_finite, float("nan"), distance), mask=inside)
     tl.store(state + at, value, mask=inside)
 
@@ -38,7 +41,6 @@ def _write(state, new, guess, running, change, length, BLOCK: tl.constexpr):
 @triton.jit
 def _enter(
     change,
-    tolerance,
     step,
     status,
     frontier,
@@ -66,7 +68,7 @@ def _enter(
             at = sample * length + t
             moved = tl.load(change + at, mask=inside, other=0.0)
             bad = (moved != moved) & inside
-            changed = (bad | (moved > tolerance)) & inside
+            changed = (bad | (moved > 0.0)) & inside
             tl.store(evaluated_in + at, (t * 0 + now).to(tl.int32), mask=inside)
             tl.store(changed_in + at, (t * 0 + now).to(tl.int32), mask=changed)
             tl.store(non_finite + at, bad, mask=inside)
@@ -120,19 +122,17 @@ def write_all(state: Tensor, new: Tensor, guess: Tensor, running: Tensor) -> Ten
     return change
 
 
-def enter_all(books: Any, change: Tensor, tolerance: float) -> None:
+def enter_all(books: Any, change: Tensor) -> None:
     """Enter an evaluation of all equations into the books.
 
     Args:
         books: :class:`lit_parallel.solvers.books.Books`.
-        change: ``[batch, length]``.
-        tolerance: Absolute tolerance.
+        change: ``[batch, length]``; equations count as unchanged at exact equality.
     """
     batch, length = change.shape
     residual = books.residual
     _enter[(batch,)](
         change.contiguous(),
-        tolerance,
         books.step,
         books.status,
         books.frontier,

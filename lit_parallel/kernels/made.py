@@ -203,12 +203,14 @@ def _sweep(
             moved = inside & (new != old)
             tl.store(x + t, new, mask=inside)
             if RECORD:
-                largest = tl.max(tl.where(inside, tl.abs(new - old), 0.0), axis=0)
+                distance = tl.where(nan, float("inf"), tl.abs(new - old))
+                largest = tl.max(tl.where(inside, distance, 0.0), axis=0)
                 tl.store(residual + count * batch + sample, largest)
             count += 1
             work += hi - lo
             last_change = tl.where(moved, count, last_change)
-            going = tl.max(moved.to(tl.int32), axis=0)
+            # No equation of the window reads the last one: it is final once nothing before it moves.
+            going = tl.max((moved & (t + 1 < hi)).to(tl.int32), axis=0)
             old = new
             tl.debug_barrier()
         tl.store(changed_in + t, last_change, mask=inside)

@@ -44,7 +44,7 @@ class Measurement:
     def row(self) -> dict[str, Any]:
         """Flat, plain values for a table."""
         row = self.solution.summary()
-        status = row.pop("status")
+        status = row["status"]
         row.update(seconds=self.median_seconds, seconds_of_runs=str([round(s, 6) for s in self.seconds]))
         row.update(solved=sum(status.get(name, 0) for name in ("converged", "settled")))
         row.update({f"speedup_over_{name}": value for name, value in self.speedup.items()})
@@ -105,8 +105,11 @@ def compare(
             measurement.equal = torch.equal(measurement.solution.value, sequential.solution.value)
             difference = measurement.solution.value.double() - sequential.solution.value.double()
             measurement.largest_difference = float(difference.abs().max())
+        # What was not solved has no speedup.
+        solved = measurement.solution.all_solved
         measurement.speedup = {
-            name: baseline.median_seconds / measurement.median_seconds for name, baseline in by_name.items()
+            name: baseline.median_seconds / measurement.median_seconds if solved else float("nan")
+            for name, baseline in by_name.items()
         }
     return measurements
 
@@ -131,7 +134,7 @@ def convergence_curves(
         exact: ``[len(indices), length, ...]`` the solution.
 
     Returns:
-        Per solver its name, the largest error ``[iterations + 1]`` (from the initial guess on) and the largest change
+        Per solver its name, the mean error ``[iterations + 1]`` (from the initial guess on) and the mean change
         ``[iterations]``, over samples and equations.
     """
     curves = []
@@ -145,9 +148,9 @@ def convergence_curves(
             iteration: int, value: Tensor, errors: Any = errors, changes: Any = changes, previous: Any = previous
         ) -> None:
             value = value[: len(indices)]
-            errors.append(float((value.double() - exact.double()).abs().max()))
+            errors.append(float((value.double() - exact.double()).abs().mean()))
             if previous:
-                changes.append(float((value.double() - previous.pop().double()).abs().max()))
+                changes.append(float((value.double() - previous.pop().double()).abs().mean()))
             previous.append(value)
 
         sampler.batch(indices, observer=observe)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lit_parallel.networks import MADE
-from lit_parallel.systems import Equations, Evaluation, TensorSystem, TriangularSystem, write
+from lit_parallel.systems import Equations, Evaluation, TensorSystem, TriangularSystem, select, write
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,9 @@ class IncrementalMadeSystem(TriangularSystem):
             return self._span(state, equations, equations + 1, equations, running)
         if equations is None:
             return self._span(state, 0, self.length, None, running)
+        if equations.dim() == 1:  # scattered equations: nothing to save, so evaluate the whole network
+            new = _sample(self.network(state.x), self.noise, self.bound)
+            return write(state.x, equations, select(new, equations), select(self.zeros, equations), running)
         width = equations.shape[-1]
         unfinished = frontier if running is None else torch.where(running, frontier, self.length - 1)
         window = unfinished.min().reshape(1) // width

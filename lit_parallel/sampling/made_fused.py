@@ -13,6 +13,9 @@ from lit_parallel.systems import Equations, Evaluation, FusedBooks
 WINDOW = 64
 """Equations per window of the kernel: a power of two near which iterations and the cost of one balance."""
 
+LARGEST_WINDOW = 128
+"""Wider windows, and those that are no power of two, take the PyTorch evaluation."""
+
 
 class FusedMadeSystem(IncrementalMadeSystem):
     """The incremental system with a kernel for GS-Jacobi at exact equality, per sample and to the end in one launch.
@@ -33,8 +36,9 @@ class FusedMadeSystem(IncrementalMadeSystem):
     def prepare(self, solver: object, limit: int, *, exact: bool, record_residual: bool) -> bool:
         self._kernel = None
         if isinstance(solver, GSJacobi) and exact and self.covers(self.network, self.noise):
-            window = 1 << (solver.window or WINDOW).bit_length() - 1  # the power of two below
-            self._kernel = _Kernel(self, min(window, 128), limit, record_residual)
+            window = solver.window or WINDOW
+            if window & (window - 1) == 0 and window <= LARGEST_WINDOW:
+                self._kernel = _Kernel(self, window, limit, record_residual)
         return self._kernel is not None
 
     def evaluate(
@@ -96,6 +100,7 @@ class _Kernel:
     def run(self, state: IncrementalMadeSystem.State) -> Evaluation:
         from lit_parallel.kernels.made import sweep
 
+        self.books.changed_in.zero_()  # a sample that fails leaves windows unreached
         if self.books.residual is not None:
             self.books.residual.zero_()
         sweep(

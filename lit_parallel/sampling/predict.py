@@ -15,8 +15,9 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_parallel.errors import UserError
-from lit_parallel.metrics import Iterations
+from lit_parallel.data.image_data import as_it_is
+from lit_parallel.errors import UserError, one_line
+from lit_parallel.metrics import Iterations, Speedup
 from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.sampling.sampler import Sampler, batches
 from lit_parallel.solution import Solution, Status, concatenate
@@ -38,17 +39,30 @@ class SamplingModule(pl.LightningModule):
         self.model = model
         self.solver, self.batch_size, self.seed = solver, batch_size, seed
         self.iterations = Iterations()
+        self.iteration_speedup = Speedup()
+        self.totals: dict[str, float] = {}
         self._sampler: Sampler | None = None
 
     def on_predict_start(self) -> None:
         # Only now are the weights on their device and in their precision.
         self._sampler = Sampler(self.model, self.solver, self.batch_size, self.seed, record_residual=True)
 
-    def predict_step(self, batch: list[int], batch_index: int) -> tuple[Tensor, Solution]:
+    def predict_step(self, batch: list[int], batch_index: int) -> tuple[Tensor, Solution] | None:
         assert self._sampler is not None
+        if not batch:
+            return None
         images, solution = self._sampler.batch(batch)
         self.iterations.update(solution)
+        self.iteration_speedup.update(solution.length * len(batch), solution.total_iterations.sum())
         return images.cpu(), solution.cpu()
+
+    def on_predict_epoch_end(self) -> None:
+        iterations = self.iterations.compute()  # over all processes
+        self.totals = {
+            "iterations_mean": float(iterations["mean"]),
+            "iterations_max": float(iterations["max"]),
+            "iteration_speedup": float(self.iteration_speedup.compute()),
+        }
 
 
 class SampleIndices(pl.LightningDataModule):
@@ -65,12 +79,8 @@ class SampleIndices(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        mine: Any = self.batches[rank::processes]
-        return DataLoader(mine, batch_size=None, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+        mine: Any = self.batches[rank::processes] or [[]]  # Lightning refuses a process without a batch
+        return DataLoader(mine, batch_size=None, collate_fn=as_it_is)
 
 
 class PartWriter(BasePredictionWriter):
@@ -98,11 +108,16 @@ class PartWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        if prediction is None:
+            return
         images, solution = prediction
         content = {"images": images, **vars(solution), "status": [status.name for status in solution.status]}
         path = self.folder / f"part-{batch[0]:08d}.pt"
         unfinished = path.with_suffix(".unfinished")
-        torch.save(content, unfinished)
+        try:
+            torch.save(content, unfinished)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot write '{unfinished}' ({one_line(error)}): is the disk full?") from error
         unfinished.replace(path)  # so that a file by this name is always whole
 
 

@@ -61,7 +61,7 @@ class Books:
         residual: ``[limit, batch]`` largest change in each iteration, or ``None``.
     """
 
-    def __init__(self, system: TriangularSystem, limit: int, record: bool) -> None:
+    def __init__(self, system: TriangularSystem, limit: int, *, exact: bool, record: bool) -> None:
         batch, length, device = system.batch_size, system.length, system.device
         # Few buffers, so that starting again takes few launches.
         self._numbers = torch.zeros(2 + 4 * batch, dtype=torch.int64, device=device)
@@ -70,13 +70,15 @@ class Books:
         self.step, self.progress = self._numbers[:1], self._numbers[1:2]
         self.frontier, self.status, self.iterations, self.evaluations = self._numbers[2:].view(4, batch)
         self.evaluated_in, self.changed_in = self._iterations  # 0: never
+        # With a tolerance "unchanged" is not "the same": whose fault a value is must be judged by what moved at all.
+        self.moved_in = self.changed_in if exact else torch.zeros_like(self.changed_in)
         self.non_finite = torch.zeros(batch, length, dtype=torch.bool, device=device)
         self.residual = torch.zeros(limit, batch, device=device) if record else None
         self._positions = torch.arange(length, device=device)
         self._kernels = triton_runs_on(device)
 
     def reset(self) -> None:
-        for tensor in (self._numbers, self._iterations, self.non_finite, self.residual):
+        for tensor in (self._numbers, self._iterations, self.moved_in, self.non_finite, self.residual):
             if tensor is not None:
                 tensor.zero_()
 
@@ -85,10 +87,10 @@ class Books:
         if evaluation.fused is not None:
             self._enter_fused(evaluation.fused)
             return
-        if self._kernels and evaluation.equations is None and stopping.relative_tolerance == 0:
+        if self._kernels and evaluation.equations is None and stopping.exact:
             from lit_parallel.kernels.books import enter_all
 
-            enter_all(self, evaluation.change, stopping.absolute_tolerance)
+            enter_all(self, evaluation.change)
             return
         self.step += 1
         step = self.step.to(torch.int32)
@@ -103,23 +105,29 @@ class Books:
             largest = evaluation.change.masked_fill(non_finite, float("inf")).amax(dim=1)
             row = torch.where(running, largest.to(self.residual.dtype), 0.0)
             self.residual.index_copy_(0, (self.step - 1).clamp(max=self.residual.shape[0] - 1), row[None])
+        maps = [(self.changed_in, changed)]
+        if self.moved_in is not self.changed_in:
+            maps.append((self.moved_in, ~(evaluation.change <= 0) & running[:, None]))
         if equations is None:
             self.evaluated_in.copy_(step.expand_as(self.evaluated_in))
-            self.changed_in.copy_(torch.where(changed, step, self.changed_in))
+            for latest, now in maps:
+                latest.copy_(torch.where(now, step, latest))
             self.non_finite.copy_(non_finite)
             width: int | Tensor = self.changed_in.shape[1]
         else:
             where = _per_sample(equations, evaluation.change)
             self.evaluated_in.scatter_(1, where, step.expand(where.shape))
-            self.changed_in.scatter_(1, where, torch.where(changed, step, self.changed_in.gather(1, where)))
+            for latest, now in maps:
+                latest.scatter_(1, where, torch.where(now, step, latest.gather(1, where)))
             self.non_finite.scatter_(1, where, non_finite)
             width = 1 + (where[:, 1:] != where[:, :-1]).sum(dim=1)  # distinct equations
-        latest_change = self.changed_in.cummax(dim=1).values
-        consistent = self.evaluated_in > torch.nn.functional.pad(latest_change[:, :-1], (1, 0))
+        consistent = self._consistent_since(self.changed_in)
         length = consistent.shape[1]
         first_open = torch.where(consistent & ~self.non_finite, length, self._positions).amin(dim=1)
         # All before the first open equation is final. If it was evaluated from that, its own value is at fault.
-        failed = consistent.gather(1, first_open.clamp(max=length - 1)[:, None])[:, 0] & (first_open < length)
+        same = consistent if self.moved_in is self.changed_in else self._consistent_since(self.moved_in)
+        failed = same.gather(1, first_open.clamp(max=length - 1)[:, None])[:, 0] & (first_open < length)
+        failed &= self.non_finite.gather(1, first_open.clamp(max=length - 1)[:, None])[:, 0]
         self.frontier.copy_(torch.where(running, first_open, self.frontier))
         self.iterations += running
         self.evaluations += running * width
@@ -127,6 +135,11 @@ class Books:
         self.status.copy_(torch.where(running, outcome, self.status))
         finished = (self.status != RUNNING).all()
         self.progress.copy_(self.step * 2 + finished)
+
+    def _consistent_since(self, latest: Tensor) -> Tensor:
+        """Whether each equation was evaluated after the latest iteration noted for anything before it."""
+        before = torch.nn.functional.pad(latest.cummax(dim=1).values[:, :-1], (1, 0))
+        return self.evaluated_in > before
 
     def _enter_fused(self, fused: FusedBooks) -> None:
         """Take over the books of an evaluation that ran to the end."""

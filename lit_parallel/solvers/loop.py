@@ -74,11 +74,13 @@ class SolverLoop:
         began = time.perf_counter()
         graphed = self.cuda_graph and observer is None
         if self._books is None:
-            self._fused = self.system.prepare(
+            self._fused = observer is None and self.system.prepare(
                 self.solver, self.limit, exact=self.stopping.exact, record_residual=self.record_residual
             )
             self._state = self.system.new_state()
-            self._books = Books(self.system, self.limit, self.record_residual)
+            self._books = Books(self.system, self.limit, exact=self.stopping.exact, record=self.record_residual)
+        if observer is not None and self._fused:
+            raise ValueError("this loop solves in one evaluation and has no iterates to observe: make a new loop")
         if graphed and self._graph is None:
             self._capture()
         self._synchronize()
@@ -117,7 +119,7 @@ class SolverLoop:
         self.system.evaluate(self._state, equations, books.frontier, None)
 
     def _iterate(self, observer: Observer | None) -> None:
-        """Run eagerly; the iterates of a fused evaluation, which are never seen, are not observed."""
+        """Run eagerly."""
         assert self._books is not None
         if observer is not None:
             observer(0, self.system.value(self._state))

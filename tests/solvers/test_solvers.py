@@ -4,7 +4,18 @@ import itertools
 
 import pytest
 import torch
-from hand_made import ALL, FunctionSystem, alphabet, blocks, by_hand, chain, diagonal, nilpotent, shifted
+from hand_made import (
+    ALL,
+    FunctionSystem,
+    alphabet,
+    blocks,
+    by_hand,
+    chain,
+    diagonal,
+    nilpotent,
+    shifted,
+    transient_infinities,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -239,6 +250,70 @@ def test_observer_sees_every_iterate_and_the_residual_is_the_forward_difference(
     assert len(iterates) == 7
 
 
+def test_integers_have_distances_too():
+    system = FunctionSystem(torch.zeros(1, 4, dtype=torch.int64), lambda x: shifted(x) + 100)
+    assert solve(system, Jacobi(), Stopping(absolute_tolerance=1)).value.tolist() == [[100, 200, 300, 400]]
+
+
+@every_solver
+def test_a_tolerance_does_not_turn_a_transient_into_a_failure(solver):
+    """x_0 moves by less than the tolerance, and until then x_1 = 1 / x_0 is infinite."""
+
+    def h(x):
+        return torch.stack([torch.full_like(x[:, 0], 0.05), 1 / x[:, 0], x[:, 1] + 1], dim=1)
+
+    system = FunctionSystem(torch.zeros(2, 3), h)
+    solution = solve(system, solver, Stopping(absolute_tolerance=0.1))
+    assert solution.all_solved
+    torch.testing.assert_close(solution.value, torch.tensor([[0.05, 20.0, 21.0]]).expand(2, 3))
+
+
+@every_solver
+def test_negative_zero_is_a_value_of_its_own(solver):
+    def h(x):
+        return torch.stack([torch.full_like(x[:, 0], -0.0), torch.copysign(torch.ones_like(x[:, 0]), x[:, 0])], dim=1)
+
+    system = FunctionSystem(torch.tensor([[0.0, 1.0]]), h)
+    assert solve(system, solver, certify=True).value[0, 1] == -1
+
+
+def test_a_start_that_is_not_finite_does_no_harm():
+    start = torch.full((3, 12), 2.0)
+    start[:, 1] = float("nan")
+    assert torch.equal(solve(transient_infinities(), Jacobi(), start=start).value, by_hand(transient_infinities()))
+
+
+@pytest.mark.parametrize("guess", [torch.zeros(0, 3), torch.zeros(2, 0), torch.zeros(4), torch.full((1, 2), torch.nan)])
+def test_a_guess_that_is_no_guess_is_refused(guess):
+    with pytest.raises(ValueError, match="initial guess"):
+        FunctionSystem(guess, lambda x: x)
+
+
+def test_a_function_of_another_type_is_refused():
+    with pytest.raises(TypeError, match="must agree"):
+        solve(FunctionSystem(torch.zeros(1, 3), lambda x: x.double()), Jacobi())
+
+
+def test_the_certificate_counts_in_work_and_time():
+    solution = solve(blocks(), Jacobi(), certify=True)
+    assert solution.work.tolist() == [6.0] * 3  # 5 iterations over all equations, and one evaluation more
+    assert solution.seconds > solution.certificate_seconds > 0
+    plain = solve(blocks(), Jacobi())
+    assert plain.certificate_seconds == 0
+    assert not plain.certified.any()
+
+
+def test_jacobi_gs_takes_about_the_square_root_by_default():
+    assert JacobiGS().equations(chain(length=100), None, 3).tolist() == list(range(3, 100, 10))
+
+
+def test_residuals_of_a_finished_sample_are_zero():
+    short_and_long = FunctionSystem(torch.zeros(2, 8), lambda x: torch.stack([torch.ones(8), shifted(x)[1] + 1]))
+    residual = solve(short_and_long, Jacobi(), record_residual=True).residual
+    assert residual[:, 0].tolist() == [1.0] + [0.0] * 7
+    assert residual[:, 1].tolist() == [1.0] * 8
+
+
 # -- properties --------------------------------------------------------------------------------------------------
 
 systems = st.builds(
@@ -314,6 +389,9 @@ def test_a_sample_does_not_depend_on_its_neighbours(seed, solver, tolerance):
         assert alone.iterations[0] == together.iterations[i]
         assert alone.evaluations[0] == together.evaluations[i]
         assert alone.status[0] == together.status[i]
+        assert alone.frontier[0] == together.frontier[i]
+        if alone.final_iteration is not None:
+            assert torch.equal(alone.final_iteration[0], together.final_iteration[i])
 
 
 # -- options -----------------------------------------------------------------------------------------------------
