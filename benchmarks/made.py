@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lit_parallel.checkpoint import load, saved_config
 from lit_parallel.config import TrainConfig, load_config
 from lit_parallel.cublas import keep_sums_whole
 from lit_parallel.modules.autoregressive import AutoregressiveModule
@@ -103,10 +104,8 @@ def trained(
 ) -> tuple[MadeModule, dict[str, Any]]:
     """A MADE trained here, or loaded."""
     if checkpoint is not None:
-        from lit_parallel.checkpoint import load
-
         model: AutoregressiveModule = load(checkpoint)
-        facts: dict[str, Any] = {"checkpoint": str(checkpoint)}
+        facts: dict[str, Any] = {"checkpoint": str(checkpoint), "experiment": saved_config(model).experiment}
     else:
         with tempfile.TemporaryDirectory() as folder:
             common = [
@@ -116,12 +115,11 @@ def trained(
             ]
             quiet = ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
             result = train(load_config(TrainConfig, CONFIGS / config, [*common, *quiet, *overrides]))
-            from lit_parallel.checkpoint import load
-
             assert result.checkpoint is not None
-            model, facts = load(result.checkpoint), {"overrides": overrides, **result.metrics}
+            model = load(result.checkpoint)
+            facts = {"config": config, "overrides": overrides, **result.metrics}
     assert isinstance(model, MadeModule)
-    return model, {"config": config, **facts}
+    return model, facts
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
@@ -170,7 +168,7 @@ def main() -> None:
         keep_sums_whole()
     device = torch.device(args.device)
     report: dict[str, Any] = {
-        "command": "python -m benchmarks.made " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.made " + " ".join(sys.argv[1:]).partition(" --output")[0],
         "environment": environment(device) | {"platform": platform.platform()},
         "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG", "default"),
         "samples": args.samples,
