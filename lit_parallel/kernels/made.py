@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_parallel.kernels import interpreted
+from lit_parallel.systems import FusedBooks
 
 if interpreted():
 
@@ -271,34 +272,13 @@ class SweepWeights:
     lanes2: int
 
 
-@dataclass
-class SweepBooks:
-    """What the kernel notes about each sample, ``[batch]`` each but for the last two.
-
-    Attributes:
-        iterations: Parallel iterations.
-        evaluations: Equations evaluated.
-        frontier: Leading equations that are final.
-        failed: Whether the equation behind them has a value that is not finite.
-        changed_in: ``[batch, length]`` iteration in which each equation changed last.
-        residual: ``[limit, batch]`` largest change in each iteration, or ``None``.
-    """
-
-    iterations: Tensor
-    evaluations: Tensor
-    frontier: Tensor
-    failed: Tensor
-    changed_in: Tensor
-    residual: Tensor | None
-
-
 def sweep(
     x: Tensor,
     hidden: list[Tensor],
     cache: Tensor,
     noise: Tensor,
     weights: SweepWeights,
-    books: SweepBooks,
+    books: FusedBooks,
     bound: float,
     limit: int,
 ) -> None:
@@ -310,7 +290,7 @@ def sweep(
         cache: ``[batch, units of both layers + 2 length]`` buffer; what it holds does not matter.
         noise: ``[batch, length]``.
         weights: Of a MADE with two hidden layers.
-        books: Filled in.
+        books: Filled in; int32, but for the residual.
         bound: Values are truncated to [-bound, bound].
         limit: Most iterations of a sample.
     """

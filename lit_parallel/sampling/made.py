@@ -74,6 +74,19 @@ class FoldedMADE:
         return F.linear(x, self.output_weight, self.output_bias).unflatten(1, (self.length, 2))
 
 
+def due_units(degree: Tensor, starts: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The units of a layer that windows of equations must compute: the first, and the one after the last.
+
+    Window [lo, hi) reads units of degree up to hi - 2; those of degree below lo - 1 were final before it came.
+
+    Args:
+        degree: ``[units]``, ascending.
+        starts: ``[windows]`` first equation of each window.
+        width: Equations per window.
+    """
+    return torch.searchsorted(degree, starts - 1), torch.searchsorted(degree, starts + width - 1)
+
+
 def _sample(parameters: Tensor, noise: Tensor, bound: float) -> Tensor:
     """``[batch, width, 2]`` parameters and ``[batch, width]`` noise to values ``[batch, width]``."""
     mean, log_scale = parameters.unbind(-1)
@@ -217,15 +230,13 @@ class IncrementalMadeSystem(TriangularSystem):
     def _needed_units(self, width: int) -> list[Tensor]:
         """For every aligned window the hidden units it must compute, per layer ``[windows, most units of any]``.
 
-        Window [lo, hi) reads units of degree up to hi - 2; those of degree below lo - 1 were final before the window
-        came. A window that needs fewer units than another repeats its last one, which is harmless.
+        A window that needs fewer units than another repeats its last one, which is harmless.
         """
         if width not in self._needed:
             starts = torch.arange(0, self.length, width)
             tables = []
             for degree in self.network.degrees:
-                first = torch.searchsorted(degree, starts - 1)
-                end = torch.searchsorted(degree, starts + width - 1)
+                first, end = due_units(degree, starts, width)
                 most = max(int((end - first).max()), 1)
                 table = first[:, None] + torch.arange(most)
                 table = torch.minimum(table, (end - 1).clamp(min=0)[:, None]).clamp(max=len(degree) - 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_parallel.kernels import triton_runs_on
-from lit_parallel.sampling.made import FoldedMADE, IncrementalMadeSystem
+from lit_parallel.sampling.made import FoldedMADE, IncrementalMadeSystem, due_units
 from lit_parallel.solvers import GSJacobi
 from lit_parallel.systems import Equations, Evaluation, FusedBooks
 
@@ -55,17 +55,12 @@ class _Kernel:
     def __init__(self, system: FusedMadeSystem, window: int, limit: int, record_residual: bool) -> None:
         import triton
 
-        from lit_parallel.kernels.made import SweepBooks, SweepWeights
+        from lit_parallel.kernels.made import SweepWeights
 
         network, device = system.network, system.device
         batch, length = system.batch_size, system.length
         starts = torch.arange(0, length, window)
-        bounds = []
-        for degree in network.degrees:
-            # As in IncrementalMadeSystem: units of degree lo - 1 to hi - 2.
-            first = torch.searchsorted(degree, starts - 1)
-            end = torch.searchsorted(degree, starts + window - 1)
-            bounds += [first, end]
+        bounds = [bound for degree in network.degrees for bound in due_units(degree, starts, window)]
         lanes = [
             triton.next_power_of_2(max(int((end - first).max()), 2))
             for first, end in zip(bounds[::2], bounds[1::2], strict=True)
@@ -92,7 +87,7 @@ class _Kernel:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         residual = torch.zeros(limit, batch, device=device) if record_residual else None
-        self.books = SweepBooks(zeros(batch), zeros(batch), zeros(batch), zeros(batch), zeros(batch, length), residual)
+        self.books = FusedBooks(zeros(batch), zeros(batch), zeros(batch), zeros(batch), zeros(batch, length), residual)
         self.change = torch.zeros(batch, 1, device=device)
         units = sum(len(bias) for bias in network.biases)
         self.cache = torch.zeros(batch, units + 2 * length, device=device)
@@ -113,13 +108,4 @@ class _Kernel:
             self.system.bound,
             self.limit,
         )
-        books = self.books
-        fused = FusedBooks(
-            iterations=books.iterations,
-            evaluations=books.evaluations,
-            frontier=books.frontier,
-            failed=books.failed,
-            changed_in=books.changed_in,
-            residual=books.residual,
-        )
-        return Evaluation(None, self.change, fused=fused)
+        return Evaluation(None, self.change, fused=self.books)
