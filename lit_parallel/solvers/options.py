@@ -16,7 +16,7 @@ class SolverOptions:
         None, "jacobi_gs: equations per block (null: about the square root of T)", minimum=1
     )
     window: int | None = option(
-        None, "gs_jacobi: equations in the sliding window (null: the system's own choice)", minimum=1
+        None, "gs_jacobi: equations in the sliding window (null: the system's choice; kernel: 2^k <= 128)", minimum=1
     )
     max_iterations: int | None = option(
         None, "stop after so many iterations (null: T, which always suffices)", minimum=1
