@@ -19,6 +19,7 @@ from rich.table import Table
 from lit_parallel.config import SampleConfig, to_container
 from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.plots import Convergence, convergence_figure, save_figure, save_image_grid
+from lit_parallel.runs import short_path
 from lit_parallel.sampling.compare import Measurement, compare, convergence_curves
 from lit_parallel.sampling.predict import read_parts
 from lit_parallel.sampling.sampler import Sampler
@@ -133,7 +134,9 @@ def write_results(
         else:  # an older one would not belong to the new report
             (folder / name).unlink(missing_ok=True)
     shutil.rmtree(parts)
-    return SamplingResults(folder, images, solution, measurements, report, title, _notes(solution, folder, kept))
+    return SamplingResults(
+        folder, images, solution, measurements, report, title, _notes(solution, short_path(folder), short_path(kept))
+    )
 
 
 def _notes(solution: Solution, folder: Path, kept: Path) -> list[str]:

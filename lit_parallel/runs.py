@@ -16,7 +16,7 @@ def new_run_folder(runs_folder: str | Path, experiment: str) -> Path:
     Raises:
         UserError: If the folder cannot be created.
     """
-    if Path(experiment).name != experiment:
+    if Path(experiment).name != experiment or experiment == "..":
         raise UserError(f"experiment names a folder and must be a plain name, not '{experiment}'.")
     parent = Path(runs_folder) / experiment
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -55,3 +55,11 @@ def run_folder_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint belongs to, or ``None`` if it was moved out of one."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" else None
+
+
+def short_path(path: Path) -> Path:
+    """A path relative to the current folder, if it is below it: what a user would type."""
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path

@@ -17,6 +17,7 @@ from wandb.sdk.lib import wbauth
 from lit_parallel.config import WandbOptions
 from lit_parallel.errors import UserError, one_line
 from lit_parallel.plots import image_grid
+from lit_parallel.runs import short_path
 from lit_parallel.solution import Solution
 
 _INIT_SECONDS = 60.0
@@ -162,18 +163,11 @@ def how_to_look(logger: WandbLogger | None) -> list[str]:
         return []
     if not run.offline:
         return [f"Weights & Biases: {run.url}"]
-    folder = shlex.quote(str(_short(Path(run.dir).parent)))
+    folder = shlex.quote(str(short_path(Path(run.dir).parent)))
     return [
         f"look at the run in this terminal:  wandb leet {folder}",
         f"upload it (needs an account):      wandb sync {folder}",
     ]
-
-
-def _short(path: Path) -> Path:
-    try:
-        return path.resolve().relative_to(Path.cwd())
-    except ValueError:
-        return path
 
 
 def finish(logger: WandbLogger | None) -> None:
