@@ -241,7 +241,7 @@ def print_table(measurements: Sequence[Measurement], *, title: str, baselines: S
         )
     console = Console()
     if not console.is_terminal:
-        console = Console(width=110)
+        console = Console(width=120)
     console.print(table)
     if any(measurement.solution.certificate_iterations.any() for measurement in measurements):
         console.print("iterations: + those of the certificate; work: equations evaluated, relative to sequential")
