@@ -51,7 +51,8 @@ def sample(config: Any) -> Any:
         use_distributed_sampler=False,  # it would deal out single samples, not whole batches
         enable_checkpointing=False,
     )
-    logger = build_logger(config.wandb, folder, config=to_container(config), experiment=experiment, job_type="sample")
+    container = to_container(config) | {"checkpoint": str(checkpoint)}  # which one the newest was
+    logger = build_logger(config.wandb, folder, config=container, experiment=experiment, job_type="sample")
     batch_size = min(config.batch_size, config.num_samples)
     try:
         module = SamplingModule(model, config.solver, batch_size, config.seed)

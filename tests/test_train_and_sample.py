@@ -171,6 +171,7 @@ def test_sampling_is_logged_to_wandb(checkpoint):
     (header,) = [record["run"] for record in records if record["type"] == "run"]
     assert (header["run_group"], header["job_type"]) == ("made_mnist5k", "sample")
     assert header["config"]["update"]["solver"]["name"] == "gs_jacobi"
+    assert header["config"]["update"]["checkpoint"] == str(checkpoint)
     values = logged(records)
     summary = results.solution.summary()
     assert values["solver/iterations_mean"] == [pytest.approx(summary["iterations_mean"])]
