@@ -52,8 +52,9 @@ def train(config: Any) -> TrainResult:
     check_trainer(config.trainer)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config.data, config.seed)
-    data.prepare_data()
-    data.setup("fit")
+    if getattr(rank_zero_only, "rank", 0) == 0:  # the others wait inside Lightning until the first has fetched files
+        data.prepare_data()
+        data.setup("fit")
     model = build_model(config, data.image_shape)
     build_training_callbacks(config, Path())
     folder = new_run_folder(config.runs_folder, config.experiment)

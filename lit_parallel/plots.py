@@ -97,7 +97,7 @@ class Convergence:
             )
 
 
-def convergence_figure(curves: list[Convergence], length: int, unit: str = "") -> Figure:
+def convergence_figure(curves: list[Convergence], length: int) -> Figure:
     """Draw error and forward difference against parallel iterations (the figures of Song et al. 2021, section 5).
 
     Both axes are logarithmic; the iterations begin with 0, the initial guess. A curve that becomes exactly zero for
@@ -107,7 +107,6 @@ def convergence_figure(curves: list[Convergence], length: int, unit: str = "") -
     Args:
         curves: One for each solver, at least one.
         length: Number of equations, T.
-        unit: The unit of the values, such as ``"logits"``, for the labels.
 
     Raises:
         ValueError: There is no curve.
@@ -118,13 +117,12 @@ def convergence_figure(curves: list[Convergence], length: int, unit: str = "") -
     FigureCanvasAgg(figure)
     figure.suptitle(f"Convergence to the sequential result, T = {length} equations", fontsize=12)
     error_axes, change_axes = figure.subplots(1, 2, sharex=True)
-    suffix = f" [{unit}]" if unit else ""
     error_axes.set_title("Error (distance to the sequential result)", fontsize=10)
     _draw_panel(error_axes, [(curve.solver, curve.error) for curve in curves], 0, length)
-    error_axes.set_ylabel(rf"mean over t of $|x^{{(k)}}_t - x_t|${suffix}")
+    error_axes.set_ylabel(r"mean over t of $|x^{(k)}_t - x_t|$")
     change_axes.set_title("Forward difference (change in one iteration)", fontsize=10)
     _draw_panel(change_axes, [(curve.solver, curve.change) for curve in curves], 1, length)
-    change_axes.set_ylabel(rf"mean over t of $|x^{{(k)}}_t - x^{{(k-1)}}_t|${suffix}")
+    change_axes.set_ylabel(r"mean over t of $|x^{(k)}_t - x^{(k-1)}_t|$")
 
     lines, names = error_axes.get_legend_handles_labels()
     zero = Line2D([], [], color="0.35", linestyle="none", marker="o", markersize=6)

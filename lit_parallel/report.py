@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
@@ -63,7 +64,7 @@ def write_results(
     parts: Path,
     folder: Path,
     checkpoint: Path,
-    totals: dict[str, float],
+    totals: dict[str, Any],
 ) -> SamplingResults:
     """Join what the processes wrote, measure the baselines on the first batch, and write report and pictures.
 
@@ -123,7 +124,7 @@ def write_results(
         "environment": facts,
         "certified": bool(solution.certified.all()),
         "solution": solution.summary(),
-        "all_processes": totals,
+        "all_processes": totals if solution.all_solved else totals | {"iteration_speedup": None},
         "comparison": {"what": title, "rows": [measurement.row() for measurement in measurements]},
         "samples": per_sample(solution),
     }
@@ -180,12 +181,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
+    with contextlib.suppress(OSError):  # there is no such file but on Linux
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
     return platform.processor() or platform.machine()
 
 

@@ -113,7 +113,7 @@ class Solution:
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a report: iterations, work and time, kept apart."""
-        total = self.total_iterations.double()
+        total = float(self.total_iterations.double().mean())
         return {
             "solver": self.solver,
             "equations": self.length,
@@ -121,7 +121,8 @@ class Solution:
             "iterations_mean": float(self.iterations.double().mean()),
             "iterations_max": int(self.iterations.max()),
             "certificate_iterations_max": int(self.certificate_iterations.max()),
-            "iteration_speedup": self.length / max(float(total.mean()), 1.0),
+            # What was not solved has no speedup.
+            "iteration_speedup": self.length / max(total, 1.0) if self.all_solved else float("nan"),
             "work": float(self.work.double().mean()),
             "seconds": self.seconds,
             "certificate_seconds": self.certificate_seconds,

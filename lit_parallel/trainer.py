@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,11 +26,8 @@ def build_trainer(options: TrainerOptions, *, callbacks: Sequence[pl.Callback], 
         UserError: If Lightning refuses an option, in its own words.
     """
     _quieten()
-    given = dataclasses.asdict(options)
-    known = inspect.signature(pl.Trainer.__init__).parameters
-    given = {name: value for name, value in given.items() if name in known}
     try:
-        return pl.Trainer(**given, callbacks=list(callbacks), **arguments)
+        return pl.Trainer(**dataclasses.asdict(options), callbacks=list(callbacks), **arguments)
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise UserError(f"Lightning's Trainer refuses the options under 'trainer': {one_line(error)}") from error
 

@@ -235,7 +235,7 @@ def _sweep(
     tl.store(failed + sample, bad)
 
 
-# Measured on an H100 (benchmarks/made.py): links of a chain that are loaded together, inside a window and when a window
+# The fastest of those tried on an H100: links of a chain that are loaded together, inside a window and when a window
 # is pushed to the cache; units that are pushed together; warps of a program.
 CHUNK = 16
 PUSH_CHUNK = 16

@@ -40,7 +40,7 @@ class SamplingModule(pl.LightningModule):
         self.solver, self.batch_size, self.seed = solver, batch_size, seed
         self.iterations = Iterations()
         self.iteration_speedup = Speedup()
-        self.totals: dict[str, float] = {}
+        self.totals: dict[str, Any] = {}
         self._sampler: Sampler | None = None
 
     def on_predict_start(self) -> None:
