@@ -24,10 +24,12 @@ def sample(config: Any) -> Any:
     from lit_parallel.checkpoint import load, saved_config
     from lit_parallel.config import to_container
     from lit_parallel.cublas import keep_sums_whole
+    from lit_parallel.data.datasets import build_data
     from lit_parallel.report import print_table, write_results
     from lit_parallel.runs import new_run_folder, newest_checkpoint, run_folder_of
+    from lit_parallel.sampling.given import load_given
     from lit_parallel.sampling.predict import PartWriter, SampleIndices, SamplingModule
-    from lit_parallel.solvers import build_solver
+    from lit_parallel.sampling.sampler import Sampler, What
     from lit_parallel.tracking import build_logger, finish, how_to_look, log_sampling
     from lit_parallel.trainer import build_trainer, check_sampling, check_trainer, lightning_refusals
 
@@ -35,10 +37,17 @@ def sample(config: Any) -> Any:
     # Everything that can be wrong is tried before anything is written.
     check_sampling(config.trainer)
     check_trainer(config.trainer)
-    build_solver(config.solver)
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.runs_folder)
     model = load(checkpoint)
-    experiment = saved_config(model).experiment
+    trained = saved_config(model)
+    test_images = None
+    if config.inpaint.images == "test":
+        data = build_data(trained.data, trained.seed)
+        data.prepare_data()
+        test_images = data.test_images()
+    what = What(config.seed, config.sampling, load_given(config.inpaint, model.image_shape, test_images))
+    Sampler(model, config.solver, 1, what)
+    experiment = trained.experiment
     folder = Path(config.output) if config.output else run_folder_of(checkpoint)
     folder = folder or new_run_folder(config.runs_folder, experiment)
 
@@ -55,19 +64,21 @@ def sample(config: Any) -> Any:
     logger = build_logger(config.wandb, folder, config=container, experiment=experiment, job_type="sample")
     batch_size = min(config.batch_size, config.num_samples)
     try:
-        module = SamplingModule(model, config.solver, batch_size, config.seed)
+        module = SamplingModule(model, config.solver, batch_size, what)
         with lightning_refusals():
             trainer.predict(module, SampleIndices(config.num_samples, batch_size), return_predictions=False)
         device = trainer.strategy.root_device
         trainer.strategy.barrier("all parts are written")
         if not trainer.is_global_zero:
             return None
-        results = write_results(config, model.to(device), writer.folder, folder, checkpoint, module.totals)
+        results = write_results(config, model.to(device), what, writer.folder, folder, checkpoint, module.totals)
         rows = [measurement.row() for measurement in results.measurements]
-        log_sampling(logger, results.solution, results.images, rows, results.wall_clock_speedup)
+        log_sampling(
+            logger, results.solution, results.images, rows, results.wall_clock_speedup, pictures=results.pictures
+        )
     finally:
         finish(logger)
-    print_table(results.measurements, title=results.title, baselines=config.compare.baselines)
+    print_table(results.measurements, title=results.title)
     for line in [*results.notes, *how_to_look(logger)]:
         print(line)
     return results

@@ -45,6 +45,7 @@ def train(config: Any) -> TrainResult:
     from lit_parallel.config import save_config, to_container
     from lit_parallel.data.datasets import build_data
     from lit_parallel.runs import new_run_folder
+    from lit_parallel.sampling.sampler import Sampler, What
     from lit_parallel.tracking import build_logger, finish, how_to_look
     from lit_parallel.trainer import build_trainer, check_trainer, lightning_refusals
 
@@ -56,6 +57,9 @@ def train(config: Any) -> TrainResult:
         data.prepare_data()
         data.setup("fit")
     model = build_model(config, data.image_shape)
+    model.compile_network = config.compile
+    if config.callbacks.sample_grid.enabled:
+        Sampler(model, config.solver, 1, What(config.seed, config.sampling))
     build_training_callbacks(config, Path())
     folder = new_run_folder(config.runs_folder, config.experiment)
     logger = build_logger(

@@ -48,6 +48,7 @@ def build_training_callbacks(config: TrainConfig, folder: Path) -> list[pl.Callb
                 num_samples=options.sample_grid.num_samples,
                 seed=config.seed,
                 folder=folder / "sample_grids",
+                options=config.sampling,
             )
         )
     if options.ema.enabled:  # after the sample grid, which is to see the averaged weights

@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lit_parallel.plots import save_image_grid
+from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.sampling.sampler import sample
 from lit_parallel.solvers import SolverOptions
 from lit_parallel.tracking import log_images
@@ -24,6 +25,7 @@ class SampleGrid(pl.Callback):
         num_samples: Images in a grid; the same noise every time, so that grids are comparable.
         seed: Seed of the noise.
         folder: Where the pictures go too, as ``epoch-0005.png``; without one they are only logged.
+        options: Coupling, temperature, class.
     """
 
     def __init__(
@@ -34,18 +36,20 @@ class SampleGrid(pl.Callback):
         num_samples: int = 16,
         seed: int = 0,
         folder: Path | None = None,
+        options: SamplingOptions | None = None,
     ) -> None:
         self.solver = solver or SolverOptions()
         self.every_n_epochs = every_n_epochs
         self.num_samples = num_samples
         self.seed = seed
         self.folder = folder
+        self.options = options
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        images, solution = sample(pl_module, self.num_samples, solver=self.solver, seed=self.seed)
+        images, solution = sample(pl_module, self.num_samples, solver=self.solver, seed=self.seed, options=self.options)
         if not solution.all_solved:
             rank_zero_warn(f"sample grid of epoch {trainer.current_epoch}: {solution.summary()['status']}")
         numbers = solution.summary()

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_parallel.checkpoint import load
+    from lit_parallel.conditionals import Categorical, Conditional, DiscretizedLogisticMixture, Logistic
+    from lit_parallel.modules.conditional import ConditionalModule
+    from lit_parallel.sampling.autoregressive import Given
+    from lit_parallel.sampling.causality import check_causality
+    from lit_parallel.sampling.options import SamplingOptions
     from lit_parallel.sampling.sampler import sample
     from lit_parallel.solution import Solution, Status
     from lit_parallel.solvers import SolverLoop, SolverOptions, Stopping, solve
@@ -18,6 +23,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "load": "lit_parallel.checkpoint",
     "sample": "lit_parallel.sampling.sampler",
+    "SamplingOptions": "lit_parallel.sampling.options",
+    "Given": "lit_parallel.sampling.autoregressive",
+    "check_causality": "lit_parallel.sampling.causality",
+    "ConditionalModule": "lit_parallel.modules.conditional",
+    "Conditional": "lit_parallel.conditionals",
+    "Categorical": "lit_parallel.conditionals",
+    "DiscretizedLogisticMixture": "lit_parallel.conditionals",
+    "Logistic": "lit_parallel.conditionals",
     "Solution": "lit_parallel.solution",
     "Status": "lit_parallel.solution",
     "SolverLoop": "lit_parallel.solvers",
@@ -30,7 +43,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "Categorical",
+    "Conditional",
+    "ConditionalModule",
+    "DiscretizedLogisticMixture",
     "Evaluation",
+    "Given",
+    "Logistic",
+    "SamplingOptions",
     "Solution",
     "SolverLoop",
     "SolverOptions",
@@ -38,6 +58,7 @@ __all__ = [
     "Stopping",
     "TensorSystem",
     "TriangularSystem",
+    "check_causality",
     "load",
     "sample",
     "solve",

@@ -12,8 +12,9 @@ from lit_parallel.config import TrainConfig, from_container, to_container
 from lit_parallel.errors import UserError
 from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.modules.made import MadeModule
+from lit_parallel.modules.pixelcnnpp import PixelCNNppModule
 
-_MODULES: dict[str, type[AutoregressiveModule]] = {"made": MadeModule}
+_MODULES: dict[str, type[AutoregressiveModule]] = {"made": MadeModule, "pixelcnnpp": PixelCNNppModule}
 
 
 def build_model(config: TrainConfig, image_shape: tuple[int, int, int]) -> AutoregressiveModule:

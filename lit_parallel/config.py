@@ -30,6 +30,7 @@ from lit_parallel.options import (
     option,
     option_keys,
 )
+from lit_parallel.sampling.options import InpaintOptions, SamplingOptions
 from lit_parallel.solvers.options import SolverOptions
 
 Schema = TypeVar("Schema")
@@ -136,8 +137,8 @@ class CompareOptions:
     """What the solver is measured against, with the same noise on the same device."""
 
     baselines: list[str] = option(list(BASELINE_NAMES), "solvers to run as well", choices=BASELINE_NAMES)
-    repeats: int = option(3, "timed runs of each solver, of which the median counts", minimum=1)
-    curves: bool = option(True, "draw convergence.png: runs the solvers once more, slowly, looking at every iterate")
+    repeats: int = option(3, "timed runs of each solver, of which the median counts; fewer of slow ones", minimum=1)
+    curves: bool = option(True, "draw convergence.png and strips.png: runs the solvers once more, seeing every iterate")
 
 
 def _default_training() -> TrainerOptions:
@@ -156,7 +157,9 @@ class TrainConfig:
     model: Any = group(MadeOptions, "the network", kinds=MODEL_OPTIONS)
     data: DataOptions = group(DataOptions, "the images")
     optimizer: OptimizerOptions = group(OptimizerOptions, "AdamW and its learning rate")
+    compile: bool = option(False, "compile the network for training (torch.compile); the first steps take longer")
     solver: SolverOptions = group(SolverOptions, "how samples are drawn while training")
+    sampling: SamplingOptions = group(SamplingOptions, "what is drawn while training: coupling, temperature")
     trainer: TrainerOptions = group(_default_training, "Lightning's Trainer: epochs, devices, precision")
     callbacks: CallbackOptions = group(CallbackOptions, "sample grid, early stopping, weight average")
     wandb: WandbOptions = group(WandbOptions, "Weights & Biases")
@@ -173,6 +176,8 @@ class SampleConfig:
     runs_folder: str = option("runs", "folder that holds the runs", non_empty=True)
     output: str | None = option(None, "folder for the results (null: the folder of the checkpoint's run)")
     solver: SolverOptions = group(SolverOptions, "how the samples are drawn, and when to stop")
+    sampling: SamplingOptions = group(SamplingOptions, "what is drawn: coupling, temperature, class, arithmetic")
+    inpaint: InpaintOptions = group(InpaintOptions, "pixels that are given")
     compare: CompareOptions = group(CompareOptions, "the baselines that are timed as well")
     trainer: TrainerOptions = group(TrainerOptions, "Lightning's Trainer: devices, precision")
     wandb: WandbOptions = group(WandbOptions, "Weights & Biases")

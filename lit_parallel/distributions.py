@@ -8,11 +8,15 @@ Papamakarios, Pavlakou, Murray, NeurIPS 2017, section 4.3, https://arxiv.org/abs
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 LEVELS = 256
+
+CLAMP = 1e-5
+"""Uniform noise is clamped to [CLAMP, 1 - CLAMP], as in the authors' code."""
 
 
 def logit(p: float) -> float:
@@ -49,3 +53,9 @@ def logistic_log_density(z: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log-density of the logistic distribution, elementwise."""
     standard = (z - mean) * torch.exp(-log_scale)
     return -standard - log_scale - 2 * F.softplus(-standard)
+
+
+def logistic_quantile(u: np.ndarray) -> np.ndarray:
+    """Uniform to standard logistic noise: ``logit(u)``, u clamped, elementwise."""
+    u = np.clip(u, CLAMP, 1 - CLAMP)
+    return np.log(u) - np.log1p(-u)

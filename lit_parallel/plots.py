@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,17 @@ _LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
+def check_images(images: Tensor, leading: tuple[str, ...] = ("n",)) -> None:
+    """Raise a ValueError unless images are uint8 ``[*leading, channels, height, width]``, not empty, grey or colour."""
+    dimensions = (*leading, "channels", "height", "width")
+    fits = images.dtype == torch.uint8 and images.ndim == len(dimensions) and images.numel() > 0
+    if not fits or images.shape[-3] not in (1, 3):
+        raise ValueError(
+            f"images must be uint8 of shape [{', '.join(dimensions)}] with 1 or 3 channels and none of them empty, "
+            f"not {str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}"
+        )
+
+
 def image_grid(
     images: Tensor, columns: int | None = None, padding: int = 1, scale: int | None = 1
 ) -> npt.NDArray[np.uint8]:
@@ -44,11 +55,7 @@ def image_grid(
     Raises:
         ValueError: The images are not of that shape or type, or another argument is out of range.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
-        raise ValueError(
-            "images must be uint8 of shape [n, channels, height, width] with 1 or 3 channels and none of them empty, "
-            f"not {str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}"
-        )
+    check_images(images)
     for name, value, least in (("columns", columns, 1), ("padding", padding, 0), ("scale", scale, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
@@ -72,6 +79,16 @@ def save_image_grid(
 ) -> None:
     """Write a grid of images as PNG, by default enlarged so that a person can look at it; see `image_grid`."""
     Image.fromarray(image_grid(images, columns, padding, scale)).save(path, format="PNG")
+
+
+def new_figure(
+    title: str, width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained"
+) -> Figure:
+    """Start a figure of a size in inches that needs no display and that pyplot does not know."""
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12)
+    return figure
 
 
 @dataclass
@@ -113,9 +130,7 @@ def convergence_figure(curves: list[Convergence], length: int) -> Figure:
     """
     if not curves:
         raise ValueError("there is no curve to draw")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(f"Convergence to the sequential result, T = {length} equations", fontsize=12)
+    figure = new_figure(f"Convergence to the sequential result, T = {length} equations", 10, 4)
     error_axes, change_axes = figure.subplots(1, 2, sharex=True)
     error_axes.set_title("Error (distance to the sequential result)", fontsize=10)
     _draw_panel(error_axes, [(curve.solver, curve.error) for curve in curves], 0, length)

@@ -19,15 +19,24 @@ from rich.table import Table
 
 from lit_parallel.config import SampleConfig, to_container
 from lit_parallel.modules.autoregressive import AutoregressiveModule
+from lit_parallel.pictures import Strip, iteration_map_figure, strip_iterations, strips_figure
 from lit_parallel.plots import Convergence, convergence_figure, save_figure, save_image_grid
 from lit_parallel.runs import short_path
-from lit_parallel.sampling.compare import Measurement, compare, convergence_curves
+from lit_parallel.sampling.compare import Measurement, Trace, compare, trace
 from lit_parallel.sampling.predict import read_parts
-from lit_parallel.sampling.sampler import Sampler
+from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL, Sampler, What
 from lit_parallel.solution import Solution
+from lit_parallel.solvers import SolverOptions
 
 GRID_IMAGES = 100
 """At most so many images are drawn in ``samples.png``."""
+
+PICTURES = {
+    "samples.png": "the samples",
+    "iterations.png": "when each pixel became final",
+    "strips.png": "the iterates on their way",
+    "convergence.png": "error and change per iteration",
+}
 
 
 @dataclass
@@ -35,7 +44,7 @@ class SamplingResults:
     """What a sampling run found.
 
     Attributes:
-        folder: The run folder, with ``report.json``, ``samples.png`` and ``convergence.png``.
+        folder: The run folder, with ``report.json`` and the pictures.
         images: 8-bit images ``[num_samples, channels, height, width]``.
         solution: Of all samples.
         measurements: The solver and the baselines, on the first batch.
@@ -53,6 +62,15 @@ class SamplingResults:
     notes: list[str]
 
     @property
+    def pictures(self) -> dict[str, Path]:
+        """The figures that were drawn, by name."""
+        return {
+            name.removesuffix(".png"): self.folder / name
+            for name in list(PICTURES)[1:]
+            if (self.folder / name).is_file()
+        }
+
+    @property
     def wall_clock_speedup(self) -> float | None:
         """Of the solver over the first baseline."""
         return next(iter(self.measurements[0].speedup.values()), None) if self.measurements else None
@@ -61,6 +79,7 @@ class SamplingResults:
 def write_results(
     config: SampleConfig,
     model: AutoregressiveModule,
+    what: What,
     parts: Path,
     folder: Path,
     checkpoint: Path,
@@ -73,6 +92,7 @@ def write_results(
     Args:
         config: The resolved config.
         model: The model, on the device to measure on.
+        what: What was sampled.
         parts: The folder of the parts; removed at the end.
         folder: The run folder.
         checkpoint: What the model was loaded from.
@@ -84,13 +104,13 @@ def write_results(
     kept = parts.parent
     save_image_grid(images[:GRID_IMAGES], kept / "samples.png")
     torch.save(images, kept / "images.pt")
-    baselines = config.compare.baselines
+    baselines = [name for name in config.compare.baselines if name != CACHED_SEQUENTIAL or model.incremental]
     measurements = compare(
         model,
         [] if config.solver.name in baselines else [config.solver],
         baselines,
         batch_size=batch_size,
-        seed=config.seed,
+        what=what,
         indices=first_batch,
         repeats=config.compare.repeats,
     )
@@ -98,25 +118,28 @@ def write_results(
     exact = next((m.solution for m in measurements if m.solver == "sequential"), None)
     if exact is None:
         first = measurements[0].solution
-        by_definition = Sampler(model, "sequential", batch_size, config.seed)
-        exact = first if first.certified.all() else by_definition.batch(first_batch)[1]
+        exact = first if first.certified.all() else Sampler(model, "sequential", batch_size, what).batch(first_batch)[1]
+    pixel_map = measurements[0].pixel_map
+    if pixel_map is not None:
+        figure = iteration_map_figure(images[:batch_size], pixel_map, exact.length, config.solver.name)
+        save_figure(figure, kept / "iterations.png")
     if config.compare.curves:
         others = [name for name in ("jacobi", "sequential") if name != config.solver.name]
-        curves = convergence_curves(
-            model,
-            [config.solver, *others],
-            batch_size=batch_size,
-            seed=config.seed,
-            indices=first_batch,
-            exact=exact.value,
-        )
-        figure = convergence_figure([Convergence(*curve) for curve in curves], exact.length)
-        save_figure(figure, kept / "convergence.png")
+        solvers: list[SolverOptions | str] = [config.solver, *others]
+        traces = [
+            trace(model, solver, batch_size=batch_size, what=what, indices=first_batch, exact=exact.value)
+            for solver in solvers
+        ]
+        curves = [Convergence(each.solver, each.error, each.change) for each in traces]
+        save_figure(convergence_figure(curves, exact.length), kept / "convergence.png")
+        save_figure(strips_figure([_strip(each) for each in traces], exact.length), kept / "strips.png")
     facts = environment(exact.value.device)
+    arithmetic = "float64" if exact.value.dtype == torch.float64 else "float32"
+    if what.options.precision != "full":
+        arithmetic = f"{what.options.precision} network"
     title = (
-        f"{batch_size} images of {exact.length} equations each, {facts['device_name']}, "
-        f"{'float64' if exact.value.dtype == torch.float64 else 'float32'}, "
-        f"median of {config.compare.repeats} runs"
+        f"{batch_size} images of {exact.length} equations each, {facts['device_name']}, {arithmetic}, "
+        f"median of {len(measurements[0].seconds)} runs"
     )
     report = {
         "checkpoint": str(checkpoint),
@@ -129,15 +152,21 @@ def write_results(
         "samples": per_sample(solution),
     }
     write_json(report, kept / "report.json")
-    for name in ("report.json", "samples.png", "convergence.png"):
+    for name in ("report.json", *PICTURES):
         if (kept / name).is_file():
             shutil.copyfile(kept / name, folder / name)
         else:  # an older one would not belong to the new report
             (folder / name).unlink(missing_ok=True)
     shutil.rmtree(parts)
-    return SamplingResults(
-        folder, images, solution, measurements, report, title, _notes(solution, short_path(folder), short_path(kept))
-    )
+    notes = _notes(solution, short_path(folder), short_path(kept))
+    if len(baselines) < len(config.compare.baselines):
+        notes.insert(1, "not compared with cached sequential sampling: this model has no evaluation from caches yet")
+    return SamplingResults(folder, images, solution, measurements, report, title, notes)
+
+
+def _strip(each: Trace) -> Strip:
+    iterations = strip_iterations(len(each.frames) - 1)
+    return Strip(each.solver, iterations, each.frames[iterations])
 
 
 def _notes(solution: Solution, folder: Path, kept: Path) -> list[str]:
@@ -149,9 +178,10 @@ def _notes(solution: Solution, folder: Path, kept: Path) -> list[str]:
     lines = [f"{len(solution.status)} images sampled; {how}"]
     if not solution.all_solved:
         lines.append(f"NOT all were solved, and no speedup counts: {summary['status']}")
-    lines.append(f"look at:  {folder / 'samples.png'}")
-    if (kept / "convergence.png").is_file():
-        lines.append(f"          {folder / 'convergence.png'}")
+    drawn = [(folder / name, about) for name, about in PICTURES.items() if (kept / name).is_file()]
+    widest = max(len(str(path)) for path, _ in drawn)
+    for number, (path, about) in enumerate(drawn):
+        lines.append(f"{'look at:' if number == 0 else '':8}  {path!s:{widest}}  {about}")
     lines.append(f"numbers:  {folder / 'report.json'}")
     lines.append(f"kept in:  {kept} (with the images as a tensor)")
     return lines
@@ -216,8 +246,9 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def print_table(measurements: Sequence[Measurement], *, title: str, baselines: Sequence[str]) -> None:
+def print_table(measurements: Sequence[Measurement], *, title: str) -> None:
     """Print one line per solver: iterations, work and time side by side, never mixed."""
+    baselines = list(measurements[0].speedup)
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("solver", no_wrap=True)
     columns = ["iterations\nmean / max", "iteration\nspeedup", "work", "seconds"]

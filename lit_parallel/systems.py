@@ -85,15 +85,28 @@ class TriangularSystem(ABC):
         batch_size: Number of samples.
         device: Where the iterate lives.
         window: How many equations a sliding window should hold when the user names none.
+        block_size: How many equations a block of Jacobi-GS should hold when the user names none.
+        tolerance: Below which change an equation counts as unchanged when the user says nothing; 0: exact equality.
+        unroll: Whether a predetermined sweep is captured as one CUDA graph of T different evaluations. Otherwise one
+            evaluation is captured, which gets its equation as a tensor, and replayed T times.
     """
 
     length: int
     batch_size: int
     device: torch.device
+    unroll: bool = True
 
     @property
     def window(self) -> int:
         return max(1, -(-self.length // 8))
+
+    @property
+    def block_size(self) -> int:
+        return max(1, round(self.length**0.5))
+
+    @property
+    def tolerance(self) -> float:
+        return 0.0
 
     def prepare(self, solver: object, limit: int, *, exact: bool, record_residual: bool) -> bool:
         """Told once, before the first evaluation, who will ask: a chance to choose a faster evaluation.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def log_sampling(
     images: Tensor,
     rows: list[dict[str, Any]],
     wall_clock_speedup: float | None,
+    pictures: Mapping[str, Path] | None = None,
 ) -> None:
     """Log what a sampling run found: scalars first, since the terminal viewer draws scalars and images, not tables.
 
@@ -120,6 +122,7 @@ def log_sampling(
         images: 8-bit images ``[n, channels, height, width]``.
         rows: The table of solvers, flat and plain.
         wall_clock_speedup: Over the first baseline, if it was measured.
+        pictures: Files of figures, by the names to log them under.
     """
     if logger is None:
         return
@@ -142,6 +145,8 @@ def log_sampling(
     run.log({"solver/iterations": wandb.Histogram(np_histogram=np.histogram(iterations, bins=_bins(iterations)))})
     shown = images[:_SHOWN_SAMPLES]
     log_images(logger, "samples", shown, caption=f"{len(shown)} of {len(images)} samples, {solution.solver}")
+    for name, path in (pictures or {}).items():
+        run.log({name: wandb.Image(str(path))})
     if rows:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = wandb.Table(

@@ -62,7 +62,8 @@ def check_sampling(options: TrainerOptions) -> None:
         )
     if options.precision not in (None, "32", "32-true", "64", "64-true"):
         raise UserError(
-            f"trainer.precision={options.precision} is too coarse for exact samples: leave it out, or use 64-true."
+            f"trainer.precision={options.precision} is too coarse for sampling: leave it out, use 64-true, or set "
+            "sampling.precision=bf16, which keeps the levels exact."
         )
 
 

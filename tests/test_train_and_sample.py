@@ -143,8 +143,10 @@ def test_sampling_leaves_report_pictures_and_images(checkpoint):
     assert sorted(path.name for path in kept.iterdir()) == [
         "convergence.png",
         "images.pt",
+        "iterations.png",
         "report.json",
         "samples.png",
+        "strips.png",
     ]
 
 

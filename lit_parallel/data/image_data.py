@@ -107,6 +107,10 @@ class ImageData(pl.LightningDataModule):
         """Return the test images."""
         return self._loader(self._set(2))
 
+    def test_images(self) -> Tensor:
+        """The test images, uint8 ``[n, channels, height, width]``."""
+        return self._set(2).images
+
     def _split(self, images: ImageSet) -> tuple[ImageSet, ImageSet]:
         """Hold out the validation images by a permutation of the groups that is drawn from the seed."""
         groups = len(images) // self.group_size

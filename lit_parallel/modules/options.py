@@ -20,7 +20,20 @@ class MadeOptions:
     )
 
 
-MODEL_OPTIONS: dict[str, type] = {"made": MadeOptions}
+@dataclass
+class PixelCNNppOptions:
+    """A PixelCNN++: causal convolutions with a mixture of discretised logistics per pixel."""
+
+    name: str = option("pixelcnnpp", "the kind of model", choices=("pixelcnnpp",))
+    filters: int = option(160, "features of each of the two streams", minimum=1)
+    resnets: int = option(5, "gated resnets per resolution", minimum=1)
+    mixtures: int = option(10, "logistics in the mixture of a pixel", minimum=1)
+    dropout: float = option(0.5, "part of the features that training leaves out", minimum=0, below=1)
+    num_classes: int | None = option(None, "labels that condition the network (null: none)", minimum=1)
+    initial_images: int = option(100, "training images from which the weights are initialised", minimum=1)
+
+
+MODEL_OPTIONS: dict[str, type] = {"made": MadeOptions, "pixelcnnpp": PixelCNNppOptions}
 
 
 @dataclass

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_parallel.sampling.sampler import Sampler, SamplingModel
+from lit_parallel.sampling.sampler import Sampler, SamplingModel, What
 from lit_parallel.solution import Solution
 from lit_parallel.solvers import SolverOptions
+
+_SLOW_SECONDS = 10.0
+_ENOUGH_SECONDS = 30.0
 
 
 @dataclass
@@ -24,6 +27,8 @@ class Measurement:
         solution: What it found (of the last run; all runs agree or ``repeatable`` is false).
         seconds: Wall-clock time of every run, the certificate included, the first run and its set-up excluded.
         repeatable: Whether every run gave the same bits.
+        pixel_map: ``[batch, height, width]`` for each pixel the iteration in which it took its final value (0: it had
+            it from the start); ``None`` for sequential solvers.
         equal: Whether the result equals the plain sequential one bit for bit; ``None`` if that was not run.
         largest_difference: Largest distance to the plain sequential result; ``None`` if that was not run.
         speedup: Wall-clock speedup over each baseline, by its name.
@@ -33,6 +38,7 @@ class Measurement:
     solution: Solution
     seconds: list[float]
     repeatable: bool
+    pixel_map: Tensor | None = None
     equal: bool | None = None
     largest_difference: float | None = None
     speedup: dict[str, float] = field(default_factory=dict)
@@ -62,41 +68,46 @@ def compare(
     baselines: Sequence[str],
     *,
     batch_size: int,
-    seed: int,
+    what: What,
     indices: Sequence[int],
     repeats: int = 3,
 ) -> list[Measurement]:
     """Sample one batch with every solver and every baseline.
 
     The runs of the solvers take turns, so that a slow moment of the machine does not hit one solver alone; a first
-    run of each is not timed (allocation, CUDA graph capture).
+    run of each is not timed (allocation, CUDA graph capture), unless it takes longer than 10 seconds, beside which
+    those do not count. A solver is not run again once its runs add up to 30 seconds.
 
     Args:
         model: The model, on its device.
         solvers: What is measured.
         baselines: Names of baselines; the speedups are over these.
         batch_size: Samples per evaluation of the network.
-        seed: Seed of the noise.
+        what: What is sampled.
         indices: Sample indices of the batch.
         repeats: Timed runs, of which the median counts.
     """
-    samplers = [Sampler(model, solver, batch_size, seed) for solver in (*solvers, *baselines)]
+    samplers = [Sampler(model, solver, batch_size, what) for solver in (*solvers, *baselines)]
     values: list[list[Tensor]] = [[] for _ in samplers]
     seconds: list[list[float]] = [[] for _ in samplers]
-    solutions: list[Solution] = []
+    solutions: dict[int, Solution] = {}
     for run in range(repeats + 1):
-        solutions = []
-        for sampler, times, results in zip(samplers, seconds, values, strict=True):
-            solution = sampler.batch(indices)[1]
-            solutions.append(solution)
+        for number, (sampler, times, results) in enumerate(zip(samplers, seconds, values, strict=True)):
+            if len(times) == repeats or sum(times) > _ENOUGH_SECONDS or (run and times and times[0] > _SLOW_SECONDS):
+                continue
+            solution = solutions[number] = sampler.batch(indices)[1]
             results.append(solution.value)
-            if run > 0:
+            if run > 0 or solution.seconds > _SLOW_SECONDS:
                 times.append(solution.seconds)
     measurements = [
         Measurement(
-            sampler.name, solution, times, repeatable=all(torch.equal(results[0], other) for other in results[1:])
+            sampler.name,
+            solutions[number],
+            seconds[number],
+            repeatable=all(torch.equal(values[number][0], other) for other in values[number][1:]),
+            pixel_map=sampler.pixel_map(solutions[number]),
         )
-        for sampler, solution, times, results in zip(samplers, solutions, seconds, values, strict=True)
+        for number, sampler in enumerate(samplers)
     ]
     by_name = {measurement.solver: measurement for measurement in measurements[len(solvers) :]}
     sequential = by_name.get("sequential")
@@ -114,45 +125,64 @@ def compare(
     return measurements
 
 
-def convergence_curves(
+@dataclass(frozen=True)
+class Trace:
+    """The iterates of one solver on one batch.
+
+    Attributes:
+        solver: Its name.
+        error: ``[iterations + 1]`` mean distance to the solution over samples and equations, from the guess on.
+        change: ``[iterations]`` mean change in each iteration.
+        frames: ``[iterations + 1, shown, channels, height, width]`` uint8, the iterates of the first samples.
+    """
+
+    solver: str
+    error: Tensor
+    change: Tensor
+    frames: Tensor
+
+
+def trace(
     model: SamplingModel,
-    solvers: Sequence[SolverOptions | str],
+    solver: SolverOptions | str,
     *,
     batch_size: int,
-    seed: int,
+    what: What,
     indices: Sequence[int],
     exact: Tensor,
-) -> list[tuple[str, Tensor, Tensor]]:
-    """Error and forward difference of every iterate.
+    shown: int = 3,
+) -> Trace:
+    """Look at every iterate of a solver.
 
     Args:
         model: The model, on its device.
-        solvers: What is looked at.
+        solver: What is looked at.
         batch_size: Samples per evaluation of the network.
-        seed: Seed of the noise.
+        what: What is sampled.
         indices: Sample indices of the batch.
         exact: ``[len(indices), length, ...]`` the solution.
-
-    Returns:
-        Per solver its name, the mean error ``[iterations + 1]`` (from the initial guess on) and the mean change
-        ``[iterations]``, over samples and equations.
+        shown: Samples whose images are kept.
     """
-    curves = []
-    for solver in solvers:
-        sampler = Sampler(model, solver, batch_size, seed)
-        errors: list[float] = []
-        changes: list[float] = []
-        previous: list[Tensor] = []
+    sampler = Sampler(model, solver, batch_size, what)
+    errors: list[float] = []
+    changes: list[float] = []
+    frames: list[Tensor] = []
+    previous: list[Tensor] = []
 
-        def observe(
-            iteration: int, value: Tensor, errors: Any = errors, changes: Any = changes, previous: Any = previous
-        ) -> None:
-            value = value[: len(indices)]
-            errors.append(float((value.double() - exact.double()).abs().mean()))
-            if previous:
-                changes.append(float((value.double() - previous.pop().double()).abs().mean()))
-            previous.append(value)
+    def observe(iteration: int, value: Tensor) -> None:
+        value = value[: len(indices)]
+        errors.append(float((value.double() - exact.double()).abs().mean()))
+        if previous:
+            changes.append(float((value.double() - previous.pop().double()).abs().mean()))
+        previous.append(value)
+        frames.append(model.images(sampler.system, value[:shown]).cpu())
 
+    if sampler.loop.solver.predetermined:
+        # No need to run it: after k iterations the first k equations are solved and the others still the guess.
+        sampler.load(indices)
+        guess = sampler.system.value(sampler.system.new_state())[: len(indices)]
+        for solved in range(sampler.system.length + 1):
+            observe(solved, torch.cat([exact[:, :solved], guess[:, solved:]], dim=1))
+    else:
         sampler.batch(indices, observer=observe)
-        curves.append((sampler.name, torch.tensor(errors), torch.tensor(changes)))
-    return curves
+    return Trace(sampler.name, torch.tensor(errors), torch.tensor(changes), torch.stack(frames))

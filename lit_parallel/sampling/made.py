@@ -103,6 +103,8 @@ class MadeSystem(TensorSystem):
         bound: Values are truncated to [-bound, bound].
     """
 
+    temperature: float = 1.0  # of the noise that is loaded
+
     def __init__(self, network: FoldedMADE, noise: Tensor, bound: float) -> None:
         super().__init__(torch.zeros_like(noise))
         self.network, self.noise, self.bound = network, noise, bound
@@ -127,6 +129,8 @@ class IncrementalMadeSystem(TriangularSystem):
         noise: ``[batch, length]`` logistic noise in order of generation; may be refilled in place between runs.
         bound: Values are truncated to [-bound, bound].
     """
+
+    temperature: float = 1.0  # of the noise that is loaded
 
     @dataclass
     class State:

@@ -10,8 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CLAMP = 1e-5
-"""Uniform noise is clamped to [CLAMP, 1 - CLAMP], as in the authors' code."""
+from lit_parallel.distributions import logistic_quantile
+
+
+def generator(seed: int, index: int) -> np.random.Generator:
+    """The generator of all noise of one sample.
+
+    Args:
+        seed: Seed of the sampling run, 0 or larger.
+        index: Index of the sample.
+    """
+    return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
 
 
 def uniform_noise(seed: int, indices: Sequence[int], length: int) -> np.ndarray:
@@ -22,11 +31,9 @@ def uniform_noise(seed: int, indices: Sequence[int], length: int) -> np.ndarray:
         indices: Index of each sample in the batch.
         length: Numbers per sample.
     """
-    keys = (np.array([seed, index], dtype=np.uint64) for index in indices)
-    return np.stack([np.random.Generator(np.random.Philox(key=key)).random(length) for key in keys])
+    return np.stack([generator(seed, index).random(length) for index in indices])
 
 
 def logistic_noise(seed: int, indices: Sequence[int], length: int) -> Tensor:
     """Standard logistic noise ``logit(u)``, u clamped, ``[batch, length]`` float64 on the CPU."""
-    u = np.clip(uniform_noise(seed, indices, length), CLAMP, 1 - CLAMP)
-    return torch.from_numpy(np.log(u) - np.log1p(-u))
+    return torch.from_numpy(logistic_quantile(uniform_noise(seed, indices, length)))

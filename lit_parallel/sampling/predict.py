@@ -19,7 +19,7 @@ from lit_parallel.data.image_data import as_it_is
 from lit_parallel.errors import UserError, one_line
 from lit_parallel.metrics import Iterations, Speedup
 from lit_parallel.modules.autoregressive import AutoregressiveModule
-from lit_parallel.sampling.sampler import Sampler, batches
+from lit_parallel.sampling.sampler import Sampler, What, batches
 from lit_parallel.solution import Solution, Status, concatenate
 from lit_parallel.solvers import SolverOptions
 
@@ -31,13 +31,13 @@ class SamplingModule(pl.LightningModule):
         model: The trained model.
         solver: How to sample.
         batch_size: Samples per batch; shorter batches are padded.
-        seed: Seed of the noise.
+        what: Seed and options of what is sampled.
     """
 
-    def __init__(self, model: AutoregressiveModule, solver: SolverOptions, batch_size: int, seed: int) -> None:
+    def __init__(self, model: AutoregressiveModule, solver: SolverOptions, batch_size: int, what: What) -> None:
         super().__init__()
         self.model = model
-        self.solver, self.batch_size, self.seed = solver, batch_size, seed
+        self.solver, self.batch_size, self.what = solver, batch_size, what
         self.iterations = Iterations()
         self.iteration_speedup = Speedup()
         self.totals: dict[str, Any] = {}
@@ -45,7 +45,7 @@ class SamplingModule(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         # Only now are the weights on their device and in their precision.
-        self._sampler = Sampler(self.model, self.solver, self.batch_size, self.seed, record_residual=True)
+        self._sampler = Sampler(self.model, self.solver, self.batch_size, self.what, record_residual=True)
 
     def predict_step(self, batch: list[int], batch_index: int) -> tuple[Tensor, Solution] | None:
         assert self._sampler is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from lit_parallel.errors import UserError, did_you_mean
 from lit_parallel.options import MAX_SEED
+from lit_parallel.sampling.autoregressive import Given
+from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.solution import Solution, concatenate
 from lit_parallel.solvers import SOLVER_NAMES, Sequential, Solver, SolverLoop, SolverOptions, Stopping, build_solver
 from lit_parallel.solvers.loop import Observer
@@ -22,13 +25,36 @@ CACHED_SEQUENTIAL = "cached_sequential"
 class SamplingModel(Protocol):
     """What a model must offer to be sampled (see :class:`lit_parallel.modules.AutoregressiveModule`)."""
 
-    length: int
+    incremental: bool
 
-    def sampling_system(self, batch_size: int, *, incremental: bool) -> TriangularSystem: ...
+    def sampling_system(
+        self, batch_size: int, *, incremental: bool, options: SamplingOptions | None, given: Given | None
+    ) -> TriangularSystem: ...
 
     def load_noise(self, system: TriangularSystem, seed: int, indices: list[int]) -> None: ...
 
     def images(self, system: TriangularSystem, value: Tensor) -> Tensor: ...
+
+    def pixel_map(self, system: TriangularSystem, numbers: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class What:
+    """What is sampled, whatever the solver: the same for all that are to be compared.
+
+    Attributes:
+        seed: Seed of the noise; sample i of a seed is always the same image.
+        options: Coupling, temperature, class, arithmetic.
+        given: Pixels that are known.
+    """
+
+    seed: int = 0
+    options: SamplingOptions = field(default_factory=SamplingOptions)
+    given: Given | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed must be from 0 to {MAX_SEED}, got {self.seed}")
 
 
 class Sampler:
@@ -38,7 +64,7 @@ class Sampler:
         model: The model, on its device, with the weights to use.
         solver: ``SolverOptions``, or the name of a solver, or ``"cached_sequential"``.
         batch_size: Samples per batch.
-        seed: Seed of the noise; sample i of a seed is always the same image.
+        what: Seed and options of what is sampled, or the seed alone.
         record_residual: Keep the largest change of every iteration.
     """
 
@@ -47,31 +73,36 @@ class Sampler:
         model: SamplingModel,
         solver: SolverOptions | str,
         batch_size: int,
-        seed: int,
+        what: What | int = 0,
         *,
         record_residual: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"seed must be from 0 to {MAX_SEED}, got {seed}")
+        what = What(what) if isinstance(what, int) else what
         options = SolverOptions(name=solver) if isinstance(solver, str) and solver != CACHED_SEQUENTIAL else solver
         if not isinstance(options, str) and options.name not in SOLVER_NAMES:
             raise UserError(
                 f"unknown solver '{options.name}'.{did_you_mean(options.name, [*SOLVER_NAMES, CACHED_SEQUENTIAL])}"
             )
-        self.model, self.batch_size, self.seed = model, batch_size, seed
+        if options == CACHED_SEQUENTIAL and not model.incremental:
+            raise UserError(
+                f"{type(model).__name__} has no evaluation from caches: leave {CACHED_SEQUENTIAL} out of "
+                "compare.baselines."
+            )
+        self.model, self.batch_size, self.seed = model, batch_size, what.seed
         schedule: Solver
         if isinstance(options, str):  # cached sequential: the ordinary algorithm needs no certificate
             self.name, schedule, options = options, Sequential(), SolverOptions(name="sequential", certify=False)
         else:
             self.name, schedule = options.name, build_solver(options)
         incremental = self.name in (CACHED_SEQUENTIAL, "gs_jacobi")
-        self.system = model.sampling_system(batch_size, incremental=incremental)
+        self.system = model.sampling_system(batch_size, incremental=incremental, options=what.options, given=what.given)
+        tolerance = self.system.tolerance if options.absolute_tolerance is None else options.absolute_tolerance
         self.loop = SolverLoop(
             self.system,
             schedule,
-            Stopping(options.max_iterations, options.absolute_tolerance, options.relative_tolerance),
+            Stopping(options.max_iterations, tolerance, options.relative_tolerance),
             # Plain sequential evaluation is the definition: nothing to certify.
             certify=options.certify and not schedule.predetermined,
             record_residual=record_residual,
@@ -92,12 +123,22 @@ class Sampler:
         count = len(indices)
         if not 1 <= count <= self.batch_size:
             raise UserError(f"a batch holds 1 to {self.batch_size} samples, got {count}")
-        padded = [*indices, *range(indices[-1] + 1, indices[-1] + 1 + self.batch_size - count)]
-        self.model.load_noise(self.system, self.seed, padded)
+        self.load(indices)
         solution = self.loop.run(observer=observer)
         solution.solver = self.name
         solution = solution.first(count)
         return self.model.images(self.system, solution.value), solution
+
+    def load(self, indices: Sequence[int]) -> None:
+        """Fill the system's noise for these samples, and for others to fill up the batch."""
+        missing = self.batch_size - len(indices)
+        self.model.load_noise(self.system, self.seed, [*indices, *range(indices[-1] + 1, indices[-1] + 1 + missing)])
+
+    def pixel_map(self, solution: Solution) -> Tensor | None:
+        """For each pixel the iteration in which it took its final value, ``[batch, height, width]`` on the CPU."""
+        if solution.final_iteration is None:
+            return None
+        return self.model.pixel_map(self.system, solution.final_iteration).cpu()
 
 
 def batches(num_samples: int, batch_size: int) -> Iterator[list[int]]:
@@ -113,6 +154,8 @@ def sample(
     solver: SolverOptions | str = "gs_jacobi",
     seed: int = 0,
     batch_size: int | None = None,
+    options: SamplingOptions | None = None,
+    given: Given | None = None,
 ) -> tuple[Tensor, Solution]:
     """Sample images from a trained model.
 
@@ -123,6 +166,8 @@ def sample(
         seed: Image i of a seed is the same for every solver and batch size (between batch sizes up to the rounding
             of the matrix products).
         batch_size: Images per batch; by default 64, or all if there are fewer.
+        options: Coupling, temperature, class, arithmetic.
+        given: Pixels that are known; the others are sampled around them.
 
     Returns:
         8-bit images ``[num_samples, channels, height, width]`` on the CPU, and the :class:`Solution` of all of them.
@@ -134,7 +179,7 @@ def sample(
     if num_samples < 1:
         raise UserError(f"num_samples must be at least 1, got {num_samples}")
     size = min(64, num_samples) if batch_size is None else batch_size
-    sampler = Sampler(model, solver, size, seed)
+    sampler = Sampler(model, solver, size, What(seed, options or SamplingOptions(), given))
     images, solutions = [], []
     for indices in batches(num_samples, size):
         batch_images, solution = sampler.batch(indices)

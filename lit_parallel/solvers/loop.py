@@ -24,10 +24,10 @@ Observer = Callable[[int, Tensor], None]
 class SolverLoop:
     """A solver applied to a system, ready to run any number of times.
 
-    On a GPU the first run captures one iteration in a CUDA graph (for a predetermined schedule: the whole sweep);
-    every run replays it, with no host synchronisation per iteration: the host looks at a flag in pinned memory while
-    the next iteration is already under way, so at most one surplus iteration is launched. On a CPU the same functions
-    run eagerly.
+    On a GPU the first run captures one iteration in a CUDA graph (for a predetermined schedule: the whole sweep, if
+    the system unrolls it); every run replays it, with no host synchronisation per iteration: the host looks at a flag
+    in pinned memory while the next iteration is already under way, so at most one surplus iteration is launched. On a
+    CPU the same functions run eagerly.
 
     Args:
         system: The system to solve. Its inputs may be changed in place between runs.
@@ -112,11 +112,18 @@ class SolverLoop:
         running = books.status == RUNNING
         books.enter(self.system.evaluate(self._state, equations, books.frontier, running), running, self.stopping)
 
-    def _predetermined_iteration(self, step: int) -> None:
+    def _predetermined_iteration(self, step: int | Tensor) -> None:
         books = self._books
         assert books is not None
         equations: Equations = self.solver.equations(self.system, books.frontier, step)
         self.system.evaluate(self._state, equations, books.frontier, None)
+
+    def _predetermined_device_iteration(self) -> None:
+        """The same with the step on the device, so that one captured evaluation serves all steps."""
+        books = self._books
+        assert books is not None
+        self._predetermined_iteration(books.step)
+        books.step += 1
 
     def _iterate(self, observer: Observer | None) -> None:
         """Run eagerly."""
@@ -149,11 +156,15 @@ class SolverLoop:
                     self._predetermined_iteration(step)
                 else:
                     self._iteration()
+            if self.solver.predetermined and not self.system.unroll:
+                self._predetermined_device_iteration()
         torch.cuda.current_stream(self.system.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            if self.solver.predetermined:
+            if self.solver.predetermined and self.system.unroll:
                 self._sweep()
+            elif self.solver.predetermined:
+                self._predetermined_device_iteration()
             else:
                 self._iteration()
                 self._flag.copy_(self._books.progress, non_blocking=True)
@@ -161,8 +172,12 @@ class SolverLoop:
 
     def _replay(self) -> None:
         assert self._graph is not None
-        if self.solver.predetermined or self._fused:  # one replay is the whole solve
+        if self._fused or (self.solver.predetermined and self.system.unroll):  # one replay is the whole solve
             self._graph.replay()
+            return
+        if self.solver.predetermined:
+            for _ in range(self.limit):
+                self._graph.replay()
             return
         seen = self._flag.numpy()
         for launched in range(1, self.limit + 1):

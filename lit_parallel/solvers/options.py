@@ -13,7 +13,7 @@ class SolverOptions:
 
     name: str = option("gs_jacobi", "the schedule of equations", choices=SOLVER_NAMES)
     block_size: int | None = option(
-        None, "jacobi_gs: equations per block (null: about the square root of T)", minimum=1
+        None, "jacobi_gs: equations per block (null: the system's choice, such as a row)", minimum=1
     )
     window: int | None = option(
         None, "gs_jacobi: equations in the sliding window (null: the system's choice; kernel: 2^k <= 128)", minimum=1
@@ -21,8 +21,11 @@ class SolverOptions:
     max_iterations: int | None = option(
         None, "stop after so many iterations (null: T, which always suffices)", minimum=1
     )
-    absolute_tolerance: float = option(
-        0.0, "an equation counts as unchanged below this change (0: exact equality)", minimum=0
+    absolute_tolerance: float | None = option(
+        None,
+        "an equation counts as unchanged below this change (0: exact equality; null: 0, but 0.01 levels for "
+        "sampling.coupling=paper)",
+        minimum=0,
     )
     relative_tolerance: float = option(0.0, "the same, relative to the size of the value", minimum=0)
     certify: bool = option(True, "confirm the result by one full reference evaluation; go on until it is confirmed")

@@ -64,7 +64,7 @@ class JacobiGS(Solver):
     """Every block advances by one equation: Gauss-Seidel inside a block, Jacobi across blocks.
 
     Args:
-        block_size: Equations per block; by default about the square root of T.
+        block_size: Equations per block; by default the system's own choice (a row of an image).
     """
 
     name = "jacobi_gs"
@@ -73,7 +73,7 @@ class JacobiGS(Solver):
         self.block_size = _positive("block_size", block_size)
 
     def equations(self, system: TriangularSystem, frontier: Tensor, step: Any) -> Equations:
-        size = min(self.block_size or max(1, round(system.length**0.5)), system.length)
+        size = min(self.block_size or system.block_size, system.length)
         starts = torch.arange(0, system.length, size, device=system.device)
         # The last block may be shorter: there the last equation is evaluated again, which is harmless.
         return (starts + step % size).clamp(max=system.length - 1)

@@ -153,7 +153,7 @@ def test_masks_cycle_in_training_and_evaluation_uses_the_first(tmp_path):
     assert set(recorder.validation_masks) == {0}
     model.network.use_mask(2)
     used = []
-    model.log_likelihood = lambda batch, noise: used.append(model.network.mask_index) or torch.zeros(len(batch))
+    model.log_likelihood = lambda batch, noise, labels: used.append(model.network.mask_index) or torch.zeros(len(batch))
     trainer(tmp_path).test(model, loader(), verbose=False)
     assert set(used) == {0}
 

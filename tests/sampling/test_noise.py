@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 import torch
 
-from lit_parallel.sampling.noise import CLAMP, logistic_noise, uniform_noise
+from lit_parallel.distributions import CLAMP
+from lit_parallel.sampling.noise import logistic_noise, uniform_noise
 
 
 def test_the_noise_of_seed_7_never_changes():

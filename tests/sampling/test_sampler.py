@@ -103,7 +103,7 @@ def test_between_batch_sizes_only_rounding_differs(model):
 
 def test_a_batch_may_hold_any_indices_in_any_order(model):
     full, _ = sample(model, 10, seed=4, batch_size=5)
-    sampler = Sampler(model, "gs_jacobi", 5, seed=4)
+    sampler = Sampler(model, "gs_jacobi", 5, 4)
     for indices in ([7, 0, 3, 9, 1], [8], [2, 9]):
         images, solution = sampler.batch(indices)
         assert torch.equal(images, full[indices])

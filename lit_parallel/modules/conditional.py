@@ -1,0 +1,87 @@
+"""Any causal network with a conditional distribution per position: trained and sampled like the models that ship."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_parallel.conditionals import Conditional
+from lit_parallel.modules.autoregressive import AutoregressiveModule
+from lit_parallel.modules.options import OptimizerOptions
+from lit_parallel.sampling.autoregressive import AutoregressiveSystem, Given, folded
+from lit_parallel.sampling.options import SamplingOptions
+from lit_parallel.sampling.positions import Positions
+from lit_parallel.systems import TriangularSystem
+
+
+class ConditionalModule(AutoregressiveModule):
+    """An autoregressive model of images from a network and a conditional distribution: bring your own.
+
+    The network's output at position t must depend on the values before position t only (positions run through the
+    rows from the top, and in a row from the left); :func:`lit_parallel.check_causality` tells whether it does. It reads
+    what ``conditional.encode`` gives, ``[batch, length, ...]``, and returns ``[batch, length, num_parameters]``; with
+    the layout ``image`` it reads ``[batch, channels, height, width]`` and returns ``[batch, num_parameters, height,
+    width]``.
+
+    Args:
+        network: The network, trained or not.
+        conditional: :class:`~lit_parallel.conditionals.Categorical`, ``DiscretizedLogisticMixture``, ``Logistic``, or
+            your own.
+        image_shape: Channels, height, width.
+        optimizer: Optimiser and schedule, for training.
+        config: Kept in checkpoints, as plain containers.
+        layout: ``sequence`` or ``image``.
+        num_classes: If given, the network is called with labels ``[batch]`` as its second argument.
+
+    Example:
+        >>> model = ConditionalModule(MyTransformer(), Categorical(256), (1, 28, 28))
+        >>> images, solution = lit_parallel.sample(model, 16, solver="jacobi")
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        conditional: Conditional,
+        image_shape: tuple[int, int, int],
+        optimizer: OptimizerOptions | None = None,
+        config: dict[str, Any] | None = None,
+        *,
+        layout: str = "sequence",
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(image_shape, optimizer or OptimizerOptions(), config)
+        self.network = network
+        self.conditional = conditional
+        self.positions = Positions(image_shape, conditional.channels, layout)
+        self.num_classes = num_classes
+
+    def log_likelihood(self, images: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.positions.from_images(self.conditional.from_pixels(images, noise))
+        parameters = self.positions.parameters(self.network_in_use, self.conditional.encode(x), labels)
+        # Half precision cannot tell 256 levels apart.
+        return self.conditional.log_prob(parameters.to(x.dtype), x).sum(dim=1)
+
+    def sampling_system(
+        self, batch_size: int, *, incremental: bool, options: SamplingOptions | None = None, given: Given | None = None
+    ) -> TriangularSystem:
+        return AutoregressiveSystem(
+            folded(self.network),
+            self.conditional,
+            self.positions,
+            batch_size,
+            options or SamplingOptions(),
+            num_classes=self.num_classes,
+            given=given,
+        )
+
+    def load_noise(self, system: TriangularSystem, seed: int, indices: list[int]) -> None:
+        assert isinstance(system, AutoregressiveSystem)
+        system.load(seed, indices)
+
+    def images(self, system: TriangularSystem, value: Tensor) -> Tensor:
+        assert isinstance(system, AutoregressiveSystem)
+        return system.images(value)
+
+    def pixel_map(self, system: TriangularSystem, numbers: Tensor) -> Tensor:
+        return self.positions.to_map(numbers)

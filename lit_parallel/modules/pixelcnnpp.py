@@ -1,0 +1,80 @@
+"""PixelCNN++ as a LightningModule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lit_parallel.conditionals import DiscretizedLogisticMixture
+from lit_parallel.errors import UserError
+from lit_parallel.modules.conditional import ConditionalModule
+from lit_parallel.modules.options import OptimizerOptions, PixelCNNppOptions
+from lit_parallel.networks import PixelCNNpp
+from lit_parallel.networks.initialisation import initialise_from_data
+from lit_parallel.networks.pixelcnnpp import STRIDE
+
+
+class PixelCNNppModule(ConditionalModule):
+    """PixelCNN++ with its mixture of discretised logistics (Salimans et al., 2017; Song et al., 2021, section 4.4).
+
+    Args:
+        options: Architecture.
+        image_shape: Channels (1 or 3), height, width (multiples of 4).
+        optimizer: Optimiser and schedule.
+        config: The resolved config as plain containers, kept in the checkpoint.
+    """
+
+    network: PixelCNNpp
+    initialised: torch.Tensor
+
+    def __init__(
+        self,
+        options: PixelCNNppOptions,
+        image_shape: tuple[int, int, int],
+        optimizer: OptimizerOptions | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        channels, height, width = image_shape
+        if channels not in (1, 3) or height % STRIDE or width % STRIDE:
+            raise UserError(
+                f"PixelCNN++ needs images of 1 or 3 channels whose height and width are multiples of {STRIDE}, not "
+                f"{channels}x{height}x{width}."
+            )
+        conditional = DiscretizedLogisticMixture(channels, options.mixtures)
+        network = PixelCNNpp(
+            channels,
+            conditional.num_parameters,
+            filters=options.filters,
+            resnets=options.resnets,
+            dropout=options.dropout,
+            num_classes=options.num_classes,
+        )
+        super().__init__(
+            network, conditional, image_shape, optimizer, config, layout="image", num_classes=options.num_classes
+        )
+        self.options = options
+        # Part of the state, so that weights which were trained or converted are left alone.
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and not self.initialised and self.trainer.ckpt_path is None:
+            self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Initialise from the first training images, the same in every process."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        loader = data.train_dataloader() if data is not None else self.trainer.fit_loop._data_source.dataloader()
+        count, batches = 0, []
+        for batch in loader:
+            batches.append(batch)
+            count += len(batch[0])
+            if count >= self.options.initial_images:
+                break
+        columns = [torch.cat(parts)[: self.options.initial_images] for parts in zip(*batches, strict=True)]
+        images = self.conditional.from_pixels(columns[0].to(self.device))
+        labels = columns[1].to(self.device) if self.num_classes is not None else None
+        initialise_from_data(self.network, self.conditional.encode(images), labels)
+        self.initialised.fill_(True)

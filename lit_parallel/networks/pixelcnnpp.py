@@ -1,0 +1,249 @@
+"""PixelCNN++: a convolutional network whose output at a pixel depends on the pixels above and to the left only.
+
+Salimans, Karpathy, Chen, Kingma, "PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood and
+Other Modifications", ICLR 2017, https://arxiv.org/abs/1701.05517. Song et al. (2021), section 4.4, sample it with 160
+filters and 5 resnets per resolution (CIFAR-10), and 40 filters and 5 resnets (MNIST).
+
+Two streams run through the network. *down* sees the rows above a pixel, *down-right* also the pixels to its left in
+the same row. An encoder of three resolutions is followed by a decoder that takes up the encoder's features in reverse
+order through short-cut connections (figure 2 of the paper).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.parametrizations import weight_norm
+
+RESOLUTIONS = 3
+STRIDE = 2 ** (RESOLUTIONS - 1)
+"""Height and width of an image must be multiples of this."""
+
+
+class PixelCNNpp(nn.Module):
+    """PixelCNN++ without its likelihood: from an image to the parameters of every pixel's distribution.
+
+    Args:
+        channels: Channels of the image, 1 or 3.
+        outputs: Parameters per pixel.
+        filters: Features of each stream.
+        resnets: Gated resnets per stream and resolution in the encoder; the decoder has one more where it has taken
+            up the features of a change of resolution.
+        dropout: Part of the features that training leaves out in each gated resnet.
+        num_classes: Labels 0 .. num_classes - 1 condition the network; ``None``: it takes none.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        outputs: int,
+        *,
+        filters: int = 160,
+        resnets: int = 5,
+        dropout: float = 0.5,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels, self.outputs, self.filters, self.resnets = channels, outputs, filters, resnets
+        self.dropout, self.num_classes = dropout, num_classes
+        seen = channels + 1  # and a channel of ones, which tells the image from the padding around it
+        self.rows_above = _normalised(CausalConv2d(seen, filters, (2, 3), centred=True))
+        self.row_above = _normalised(CausalConv2d(seen, filters, (1, 3), centred=True))
+        self.left = _normalised(CausalConv2d(seen, filters, (2, 1)))
+
+        def block(count: int, skips: int) -> ResnetBlock:
+            return ResnetBlock(count, filters, skips, dropout, num_classes)
+
+        levels, changes = range(RESOLUTIONS), range(RESOLUTIONS - 1)
+        self.encoder = nn.ModuleList(block(resnets, 0) for _ in levels)
+        self.downsample = nn.ModuleList(Resample(filters, CausalConv2d) for _ in changes)
+        self.decoder = nn.ModuleList(block(resnets + (level > 0), 1) for level in levels)
+        self.upsample = nn.ModuleList(Resample(filters, CausalConvTranspose2d) for _ in changes)
+        self.output = _normalised(nn.Conv2d(filters, outputs, 1))
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Parameters of every pixel given the pixels before it in raster order.
+
+        Args:
+            images: ``[batch, channels, height, width]``, pixels scaled to [-1, 1]; height and width multiples of 4.
+            labels: ``[batch]`` class labels, for a conditional network.
+
+        Returns:
+            ``[batch, outputs, height, width]``.
+        """
+        x = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
+        down = _shift_down(self.rows_above(x))
+        down_right = _shift_down(self.row_above(x)) + _shift_right(self.left(x))
+        features = [(down, down_right)]
+        for level, block in enumerate(self.encoder):
+            for resnets in block:  # type: ignore[attr-defined]
+                features.append(resnets(*features[-1], None, None, labels))
+            if level < RESOLUTIONS - 1:
+                features.append(self.downsample[level](*features[-1]))
+        down, down_right = features.pop()
+        for level, block in enumerate(self.decoder):
+            for resnets in block:  # type: ignore[attr-defined]
+                down, down_right = resnets(down, down_right, *features.pop(), labels)
+            if level < RESOLUTIONS - 1:
+                down, down_right = self.upsample[level](down, down_right)
+        return self.output(F.elu(down_right))
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, filters={self.filters}, resnets={self.resnets}"
+
+
+class ResnetBlock(nn.ModuleList):
+    """The gated resnets of one resolution, a pair for each step: one in either stream."""
+
+    def __init__(self, count: int, filters: int, skips: int, dropout: float, num_classes: int | None) -> None:
+        super().__init__(ResnetPair(filters, skips, dropout, num_classes) for _ in range(count))
+
+
+class ResnetPair(nn.Module):
+    """A gated resnet of the down stream, and one of the down-right stream, which also reads the first one's result.
+
+    Args:
+        filters: Features of each stream.
+        skips: 1 in the decoder, where each stream also reads the encoder's features; 0 in the encoder.
+        dropout: Part of the features that training leaves out.
+        num_classes: Number of labels, or ``None``.
+    """
+
+    def __init__(self, filters: int, skips: int, dropout: float, num_classes: int | None) -> None:
+        super().__init__()
+        self.down = GatedResnet(filters, (2, 3), True, skips * filters, dropout, num_classes)
+        self.down_right = GatedResnet(filters, (2, 2), False, (skips + 1) * filters, dropout, num_classes)
+
+    def forward(
+        self,
+        down: Tensor,
+        down_right: Tensor,
+        skip_down: Tensor | None,
+        skip_down_right: Tensor | None,
+        labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        down = self.down(down, skip_down, labels)
+        skip = down if skip_down_right is None else torch.cat([down, skip_down_right], dim=1)
+        return down, self.down_right(down_right, skip, labels)
+
+
+class GatedResnet(nn.Module):
+    """``x + a * sigmoid(b)``, where a and b are two convolutions deep.
+
+    Args:
+        filters: Features in and out.
+        kernel_size: Rows and columns of the convolutions.
+        centred: Whether the kernel reaches as far right as left; otherwise it ends at the pixel itself.
+        skip_filters: Features of the short-cut input, 0 if there is none.
+        dropout: Part of the features that training leaves out between the convolutions.
+        num_classes: Number of labels, or ``None``.
+    """
+
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: tuple[int, int],
+        centred: bool,
+        skip_filters: int,
+        dropout: float,
+        num_classes: int | None,
+    ) -> None:
+        super().__init__()
+        self.first = _normalised(CausalConv2d(2 * filters, filters, kernel_size, centred=centred))
+        self.skip = _normalised(nn.Conv2d(2 * skip_filters, filters, 1)) if skip_filters else None
+        self.dropout = nn.Dropout(dropout)
+        self.second = _normalised(CausalConv2d(2 * filters, 2 * filters, kernel_size, centred=centred))
+        # A layer whose result is added to what is there starts small (init_scale in the authors' code).
+        self.second.initial_scale = 0.1  # type: ignore[assignment]
+        self.label = nn.Embedding(num_classes, 2 * filters) if num_classes else None
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.05)
+
+    def forward(self, x: Tensor, skip: Tensor | None, labels: Tensor | None) -> Tensor:
+        hidden = self.first(concatenated_elu(x))
+        if self.skip is not None and skip is not None:
+            hidden = hidden + self.skip(concatenated_elu(skip))
+        hidden = self.second(self.dropout(concatenated_elu(hidden)))
+        if self.label is not None:
+            hidden = hidden + self.label(labels)[:, :, None, None]
+        a, b = hidden.chunk(2, dim=1)
+        return x + a * torch.sigmoid(b)
+
+
+class Resample(nn.Module):
+    """A change of resolution by a factor of two in both streams."""
+
+    def __init__(self, filters: int, convolution: type[CausalConv2d] | type[CausalConvTranspose2d]) -> None:
+        super().__init__()
+        self.down = _normalised(convolution(filters, filters, (2, 3), stride=2, centred=True))
+        self.down_right = _normalised(convolution(filters, filters, (2, 2), stride=2))
+
+    def forward(self, down: Tensor, down_right: Tensor) -> tuple[Tensor, Tensor]:
+        return self.down(down), self.down_right(down_right)
+
+
+class CausalConv2d(nn.Conv2d):
+    """A convolution that reads a pixel and what is above and to the left of it; centred: and above to the right.
+
+    A centred kernel reads its own row to the right as well: the down stream's input is shifted down by a row first.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        stride: int = 1,
+        *,
+        centred: bool = False,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride)
+        rows, columns = kernel_size
+        right = columns // 2 if centred else 0
+        self.margins = (columns - 1 - right, right, rows - 1, 0)  # left, right, above, below
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, self.margins))
+
+
+class CausalConvTranspose2d(nn.ConvTranspose2d):
+    """The transposed convolution that doubles the resolution and reads what :class:`CausalConv2d` would."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        stride: int = 2,
+        *,
+        centred: bool = False,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, output_padding=1)
+        self.crop_left = kernel_size[1] // 2 if centred else 0
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        rows, columns = 2 * x.shape[2], 2 * x.shape[3]
+        return super().forward(x)[:, :, :rows, self.crop_left : self.crop_left + columns]
+
+
+def concatenated_elu(x: Tensor) -> Tensor:
+    """``elu([x, -x])``: ``[batch, filters, ...] -> [batch, 2 filters, ...]`` (section 3 of the authors' code)."""
+    return F.elu(torch.cat([x, -x], dim=1))
+
+
+def _shift_down(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
+
+
+def _shift_right(x: Tensor) -> Tensor:
+    return F.pad(x, (1, 0, 0, 0))[:, :, :, :-1]
+
+
+def _normalised(layer: nn.Module) -> nn.Module:
+    """Weight normalisation per output channel (Salimans and Kingma, 2016, https://arxiv.org/abs/1602.07868)."""
+    assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+    assert layer.bias is not None
+    nn.init.normal_(layer.weight, std=0.05)
+    nn.init.zeros_(layer.bias)
+    return weight_norm(layer, dim=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
