@@ -57,6 +57,7 @@ def train(config: Any) -> TrainResult:
         data.prepare_data()
         data.setup("fit")
     model = build_model(config, data.image_shape)
+    model.check_data(data)
     model.compile_network = config.compile
     if config.callbacks.sample_grid.enabled:
         Sampler(model, config.solver, 1, What(config.seed, config.sampling))

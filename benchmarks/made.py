@@ -14,7 +14,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_parallel.checkpoint import load, saved_config
-from lit_parallel.config import TrainConfig, load_config
+from benchmarks.common import trained
 from lit_parallel.cublas import keep_sums_whole
-from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.modules.made import MadeModule
 from lit_parallel.report import environment, write_json
 from lit_parallel.sampling.made import FoldedMADE, IncrementalMadeSystem, MadeSystem
 from lit_parallel.sampling.made_fused import FusedMadeSystem
 from lit_parallel.solvers import GSJacobi, Jacobi, JacobiGS, Sequential, SolverLoop
-from train import train
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def methods(model: MadeModule, args: argparse.Namespace, noise: Tensor) -> dict[str, SolverLoop]:
@@ -99,29 +93,6 @@ def measure(model: MadeModule, args: argparse.Namespace, device: torch.device) -
     return rows
 
 
-def trained(
-    config: str, overrides: list[str], checkpoint: Path | None, runs_folder: Path | None
-) -> tuple[MadeModule, dict[str, Any]]:
-    """A MADE trained here, or loaded."""
-    if checkpoint is not None:
-        model: AutoregressiveModule = load(checkpoint)
-        facts: dict[str, Any] = {"checkpoint": str(checkpoint), "experiment": saved_config(model).experiment}
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            common = [
-                f"runs_folder={runs_folder or folder}",
-                "wandb.mode=disabled",
-                "callbacks.sample_grid.enabled=false",
-            ]
-            quiet = ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
-            result = train(load_config(TrainConfig, CONFIGS / config, [*common, *quiet, *overrides]))
-            assert result.checkpoint is not None
-            model = load(result.checkpoint)
-            facts = {"config": config, "overrides": overrides, **result.metrics}
-    assert isinstance(model, MadeModule)
-    return model, facts
-
-
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     """Print the short table."""
     table = Table(title=title, title_justify="left", title_style="")
@@ -184,6 +155,7 @@ def main() -> None:
         overrides += [f"trainer.max_epochs={args.epochs}"] if args.epochs else []
         checkpoint = args.mnist_checkpoint if grey else args.cifar10_checkpoint
         model, facts = trained(config, overrides, checkpoint, args.runs_folder)
+        assert isinstance(model, MadeModule)
         rows = measure(model, args, device)
         report["shapes"][shape] = {"model": facts, "rows": rows}
         print_rows(f"{shape}, {args.samples} images, {report['environment']['device_name']}, float32", rows)

@@ -18,6 +18,7 @@ class SampleGrid(pl.Callback):
     """Samples a grid of images every few epochs, after validation, and logs it with the iterations it took.
 
     With a weight average, put this callback before it in the list: the average's weights are then still in place.
+    Without validation a grid shows the weights in training, because an average is in place for validation only.
 
     Args:
         solver: Solver of the samples.
@@ -45,9 +46,17 @@ class SampleGrid(pl.Callback):
         self.folder = folder
         self.options = options
 
-    @torch.no_grad()
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or (trainer.current_epoch + 1) % self.every_n_epochs:
+        if not trainer.sanity_checking:
+            self._draw(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.enable_validation or trainer.val_dataloaders == []:
+            self._draw(trainer, pl_module)
+
+    @torch.no_grad()
+    def _draw(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         images, solution = sample(pl_module, self.num_samples, solver=self.solver, seed=self.seed, options=self.options)
         if not solution.all_solved:

@@ -78,7 +78,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"'{path}' is not a checkpoint of this project: it holds more than tensors and plain values, or is no "
             "checkpoint at all. Nothing in it was executed."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # on damaged bytes torch's reader raises almost anything
         raise UserError(f"The checkpoint '{path}' is damaged or incomplete: copy it again, or use another.") from error
     if not isinstance(content, dict):
         raise UserError(f"'{path}' is not a checkpoint of this project. Make one with train.py.")

@@ -29,8 +29,9 @@ class BitsPerDimension(Metric):
             log_likelihood: ``[batch]`` in nats.
             dimensions: Pixels times channels of a sample.
         """
-        self.total -= log_likelihood.detach().double().sum() / math.log(2)
-        self.count += log_likelihood.numel() * dimensions
+        # Not in place: what inference mode has made may be met again outside of it (validate, then fit).
+        self.total = self.total - log_likelihood.detach().double().sum() / math.log(2)
+        self.count = self.count + log_likelihood.numel() * dimensions
 
     def compute(self) -> Tensor:
         return (self.total / self.count).float()
@@ -53,8 +54,8 @@ class Iterations(Metric):
     def update(self, solution: Solution) -> None:
         """Add the samples of a solution, the certificate's iterations included."""
         iterations = solution.total_iterations.to(self.total)
-        self.total += iterations.sum()
-        self.count += iterations.numel()
+        self.total = self.total + iterations.sum()
+        self.count = self.count + iterations.numel()
         self.largest = torch.maximum(self.largest, iterations.max())
 
     def compute(self) -> dict[str, Tensor]:
@@ -80,8 +81,10 @@ class Speedup(Metric):
 
     def update(self, baseline: float | Tensor, solver: float | Tensor) -> None:
         """Add what both needed for the same samples (seconds, or iterations)."""
-        self.baseline += torch.as_tensor(baseline, dtype=torch.float64, device=self.baseline.device).sum()
-        self.solver += torch.as_tensor(solver, dtype=torch.float64, device=self.solver.device).sum()
+        self.baseline = (
+            self.baseline + torch.as_tensor(baseline, dtype=torch.float64, device=self.baseline.device).sum()
+        )
+        self.solver = self.solver + torch.as_tensor(solver, dtype=torch.float64, device=self.solver.device).sum()
 
     def compute(self) -> Tensor:
         return (self.baseline / self.solver).float()

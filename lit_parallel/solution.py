@@ -18,6 +18,10 @@ class Status(enum.Enum):
     CONVERGED = "converged: every equation was evaluated after the last change of all before it"
     SETTLED = "settled: no equation changed by more than the tolerance (this bounds the change, not the error)"
     ITERATION_LIMIT = "hit the iteration limit before every equation was final"
+    NOT_TRIANGULAR = (
+        "not settled after T iterations, which always suffice: some equation depends on itself or a later one, if only "
+        "by its rounding"
+    )
     NON_FINITE = "an equation whose inputs are all final has a value that is not finite"
 
 

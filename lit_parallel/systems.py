@@ -55,7 +55,7 @@ class Evaluation:
         equations: The equations that were really evaluated; may be more than were asked for.
         change: ``[batch, width]`` distance between the old and the new value of each, not-a-number where the new value
             was not finite (and the iterate was therefore reset to the initial guess). Not looked at when a single
-            equation is evaluated in a predetermined sweep.
+            equation, an ``int``, is evaluated in a predetermined sweep.
         value: ``[batch, width, ...]`` the new values, against which a relative tolerance is measured, or ``None`` if
             the system has no notion of their size.
         fused: Books of an evaluation that ran to the end; then nothing else counts.

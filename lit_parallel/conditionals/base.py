@@ -118,7 +118,7 @@ class LevelConditional(Conditional):
         if coupling == "gumbel":
             race = generator.standard_exponential((length, self.channels * self.levels), dtype=np.float32)
             return np.maximum(race, 2.0**-25)  # an exact 0 would let a level of probability 0 win
-        return generator.random((length, self.channels))
+        return np.minimum(generator.random((length, self.channels)), 1 - 2.0**-24)  # float32 would round it to 1
 
     def sample(self, parameters: Tensor, noise: Tensor, coupling: str, temperature: float) -> Tensor:
         rows = max(1, _TABLE_ELEMENTS.get(parameters.device.type, 2**22) // self.levels)
@@ -126,10 +126,7 @@ class LevelConditional(Conditional):
             self._sample_rows(some.contiguous(), with_noise, coupling, temperature)
             for some, with_noise in zip(parameters.split(rows), noise.split(rows), strict=True)
         ]
-        value = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-        # An argmax would hide it.
-        finite = ((parameters - parameters) == 0).all(dim=1, keepdim=True)
-        return torch.where(finite, value, float("nan"))
+        return where_finite(parameters, torch.cat(chunks) if len(chunks) > 1 else chunks[0])
 
     def _sample_rows(self, parameters: Tensor, noise: Tensor, coupling: str, temperature: float) -> Tensor:
         values: list[Tensor] = []
@@ -137,12 +134,15 @@ class LevelConditional(Conditional):
         table = next(listing)
         for of_channel in noise.unflatten(1, (self.channels, -1)).unbind(1):
             if temperature != 1:
-                table = (table / table.amax(dim=1, keepdim=True)) ** (1 / temperature)
+                # Not a power: on a CPU its bits depend on an element's place in memory.
+                table = ((table / table.amax(dim=1, keepdim=True)).log() / temperature).exp()
             if coupling == "gumbel":
                 level = (table / of_channel).argmax(dim=1)
             else:
-                cumulated = table.cumsum(dim=1)
-                level = (cumulated <= of_channel * cumulated[:, -1:]).sum(dim=1).clamp(max=self.levels - 1)
+                # In whole numbers, whose sums are the same in any order: on a GPU that depends on the number of rows.
+                cumulated = (table * (2.0**54 / table.amax(dim=1, keepdim=True))).long().cumsum(dim=1)
+                threshold = (of_channel.double() * cumulated[:, -1:]).long()
+                level = (cumulated <= threshold).sum(dim=1).clamp(max=self.levels - 1)
             values.append(level.to(parameters.dtype))
             if len(values) < self.channels:
                 table = listing.send(values[-1])  # type: ignore[attr-defined]
@@ -155,3 +155,9 @@ class LevelConditional(Conditional):
     def from_pixels(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """The nearest level."""
         return (pixels.to(torch.float32 if noise is None else noise.dtype) * ((self.levels - 1) / 255)).round()
+
+
+def where_finite(parameters: Tensor, values: Tensor) -> Tensor:
+    """Not-a-number in every row whose parameters are not all finite, which an argmax or a clamp would hide."""
+    finite = ((parameters - parameters) == 0).all(dim=1, keepdim=True)
+    return torch.where(finite, values, float("nan"))

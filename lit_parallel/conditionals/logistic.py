@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from lit_parallel.conditionals.base import Conditional
+from lit_parallel.conditionals.base import Conditional, where_finite
 from lit_parallel.distributions import LEVELS, LogitTransform, logistic_log_density, logistic_quantile
 
 
@@ -39,7 +39,7 @@ class Logistic(Conditional):
     def sample(self, parameters: Tensor, noise: Tensor, coupling: str, temperature: float) -> Tensor:
         mean, log_scale = parameters.unbind(-1)
         value = mean + (log_scale.contiguous().exp() * temperature) * noise[:, 0]
-        return value.clamp(-self.transform.bound, self.transform.bound)[:, None]
+        return where_finite(parameters, value.clamp(-self.transform.bound, self.transform.bound)[:, None])
 
     def to_pixels(self, x: Tensor) -> Tensor:
         return self.transform.inverse(x)

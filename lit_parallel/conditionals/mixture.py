@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lit_parallel.conditionals.base import LevelConditional
+from lit_parallel.conditionals.base import LevelConditional, where_finite
 from lit_parallel.distributions import logistic_quantile
 
 _SMALLEST_LOG_SCALE = -7.0  # as in the authors' code
+_LARGEST_LOG_SCALE = 20.0  # flat over all levels; beyond, float32 would lose the inner ones
 _HALF_WIDTH = 1 / 255
 
 
@@ -89,9 +90,11 @@ class DiscretizedLogisticMixture(LevelConditional):
         """See the base class. The weights of the components are carried from channel to channel as a posterior."""
         p = self._split(parameters)
         edges = torch.arange(255, dtype=parameters.dtype, device=parameters.device) * (2 / 255) - (1 - _HALF_WIDTH)
-        weights = (p.logits - p.logits.amax(dim=1, keepdim=True)).exp()
+        # Logarithms, so that they do not vanish one and all where the level is unlikely.
+        log_weights = p.logits
         earlier: list[Tensor] = []
         for channel in range(self.channels):
+            weights = (log_weights - log_weights.amax(dim=1, keepdim=True)).exp()
             mean, log_scale = p.mean(channel, earlier), p.log_scales[:, channel].contiguous()
             sharpness = (-log_scale).exp()
             # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)): no cancellation, and a - b is constant.
@@ -99,15 +102,14 @@ class DiscretizedLogisticMixture(LevelConditional):
             table = parameters.new_zeros(len(parameters), self.levels)
             for m in range(self.mixtures):  # one component after another: a fixed order of summation, and less memory
                 z = (edges - mean[:, m, None]) * sharpness[:, m, None]
-                below, above = z.sigmoid(), (-z).sigmoid()
+                # Not Tensor.sigmoid: on a CPU its bits depend on an element's place in memory.
+                below, above = 1 / (1 + (-z).exp()), 1 / (1 + z.exp())
                 table[:, 0] += weights[:, m] * below[:, 0]
                 table[:, 1:-1] += inside[:, m, None] * (below[:, 1:] * above[:, :-1])
                 table[:, -1] += weights[:, m] * above[:, -1]
             level = yield table
             earlier.append(self.encode(level))
-            weights = weights * _log_bin(level[:, None], mean, log_scale).exp()
-            # Their sum is not needed, only that they do not vanish one and all.
-            weights = weights / weights.amax(dim=1, keepdim=True)
+            log_weights = log_weights + _log_bin(level[:, None], mean, log_scale)
 
     def draw_noise(self, generator: np.random.Generator, length: int, coupling: str) -> np.ndarray:
         if coupling not in ("mixture_8bit", "paper"):
@@ -135,8 +137,7 @@ class DiscretizedLogisticMixture(LevelConditional):
                 level = level.round()
             levels.append(level)
             earlier.append(self.encode(level))
-        finite = ((parameters - parameters) == 0).all(dim=1, keepdim=True)
-        return torch.where(finite, torch.stack(levels, dim=1), float("nan"))
+        return where_finite(parameters, torch.stack(levels, dim=1))
 
     def tolerance(self, coupling: str) -> float:
         """Continuous values stop moving at a hundredth of a level; exact equality can be asked for."""
@@ -146,7 +147,7 @@ class DiscretizedLogisticMixture(LevelConditional):
         logits, rest = parameters[..., : self.mixtures], parameters[..., self.mixtures :]
         parts = rest.unflatten(-1, (self.channels, -1, self.mixtures)).unbind(-2)
         coefficients = parts[2].tanh() if self.channels == 3 else None
-        return _Parameters(logits, parts[0], parts[1].clamp(min=_SMALLEST_LOG_SCALE), coefficients)
+        return _Parameters(logits, parts[0], parts[1].clamp(_SMALLEST_LOG_SCALE, _LARGEST_LOG_SCALE), coefficients)
 
 
 def _log_bin(level: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

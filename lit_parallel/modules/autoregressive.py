@@ -95,8 +95,11 @@ class AutoregressiveModule(pl.LightningModule):
     # -- training -----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse data whose labels the model does not know."""
-        known = getattr(getattr(self.trainer, "datamodule", None), "num_classes", 0)
+        self.check_data(getattr(self.trainer, "datamodule", None))
+
+    def check_data(self, data: Any) -> None:
+        """Raise a `UserError` if a data module has labels that the model does not know."""
+        known = getattr(data, "num_classes", 0)
         if self.num_classes is not None and known > self.num_classes:
             raise UserError(f"the data have {known} classes: set model.num_classes={known}, not {self.num_classes}.")
 

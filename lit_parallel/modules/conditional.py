@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_parallel.conditionals import Conditional
+from lit_parallel.errors import UserError
 from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.modules.options import OptimizerOptions
 from lit_parallel.sampling.autoregressive import AutoregressiveSystem, Given, folded
@@ -57,9 +59,19 @@ class ConditionalModule(AutoregressiveModule):
         self.num_classes = num_classes
 
     def log_likelihood(self, images: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        if images.is_floating_point() or tuple(images.shape[1:]) != self.image_shape:
+            # Images scaled to 0 .. 1 would all be black, and train without complaint.
+            raise UserError(
+                "The loader must yield tuples that start with 8-bit images (0 to 255), uint8 of shape "
+                f"[batch, {', '.join(map(str, self.image_shape))}], not {str(images.dtype).removeprefix('torch.')} of "
+                f"shape {list(images.shape)}."
+            )
+        # Half precision cannot tell 256 levels apart: only the network may compute in it.
+        noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
         x = self.positions.from_images(self.conditional.from_pixels(images, noise))
-        parameters = self.positions.parameters(self.network_in_use, self.conditional.encode(x), labels)
-        # Half precision cannot tell 256 levels apart.
+        encoded = self.conditional.encode(x)
+        encoded = encoded.to(self.dtype) if encoded.is_floating_point() else encoded
+        parameters = self.positions.parameters(self.network_in_use, encoded, labels)
         return self.conditional.log_prob(parameters.to(x.dtype), x).sum(dim=1)
 
     def sampling_system(
@@ -84,4 +96,9 @@ class ConditionalModule(AutoregressiveModule):
         return system.images(value)
 
     def pixel_map(self, system: TriangularSystem, numbers: Tensor) -> Tensor:
+        assert isinstance(system, AutoregressiveSystem)
+        # A first guess that happened to be right is confirmed by the first iteration; 0 is for what was given.
+        numbers = numbers.clamp(min=1)
+        if system.is_given is not None:
+            numbers = numbers.masked_fill(system.is_given[: len(numbers), :, 0].to(numbers.device), 0)
         return self.positions.to_map(numbers)

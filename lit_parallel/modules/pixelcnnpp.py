@@ -57,14 +57,14 @@ class PixelCNNppModule(ConditionalModule):
         # Part of the state, so that weights which were trained or converted are left alone.
         self.register_buffer("initialised", torch.tensor(False))
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit" and not self.initialised and self.trainer.ckpt_path is None:
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if not self.initialised:  # a checkpoint to go on from has been read by now
             self._initialise()
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Initialise from the first training images, the same in every process."""
+        """Initialise from the first training images; every process gets the first one's result."""
         data: Any = getattr(self.trainer, "datamodule", None)
         loader = data.train_dataloader() if data is not None else self.trainer.fit_loop._data_source.dataloader()
         count, batches = 0, []
@@ -76,5 +76,7 @@ class PixelCNNppModule(ConditionalModule):
         columns = [torch.cat(parts)[: self.options.initial_images] for parts in zip(*batches, strict=True)]
         images = self.conditional.from_pixels(columns[0].to(self.device))
         labels = columns[1].to(self.device) if self.num_classes is not None else None
-        initialise_from_data(self.network, self.conditional.encode(images), labels)
+        initialise_from_data(self.network, self.conditional.encode(images).to(self.dtype), labels)
+        for parameter in self.network.parameters():
+            parameter.copy_(self.trainer.strategy.broadcast(parameter.detach().cpu()))
         self.initialised.fill_(True)

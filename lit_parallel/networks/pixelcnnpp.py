@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.parametrizations import weight_norm
 
+from lit_parallel.networks.causal import CausalConv2d, CausalConvTranspose2d
+
 RESOLUTIONS = 3
 STRIDE = 2 ** (RESOLUTIONS - 1)
 """Height and width of an image must be multiples of this."""
@@ -60,7 +62,7 @@ class PixelCNNpp(nn.Module):
         self.downsample = nn.ModuleList(Resample(filters, CausalConv2d) for _ in changes)
         self.decoder = nn.ModuleList(block(resnets + (level > 0), 1) for level in levels)
         self.upsample = nn.ModuleList(Resample(filters, CausalConvTranspose2d) for _ in changes)
-        self.output = _normalised(nn.Conv2d(filters, outputs, 1))
+        self.output = _normalised(CausalConv2d(filters, outputs, (1, 1)))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Parameters of every pixel given the pixels before it in raster order.
@@ -151,7 +153,7 @@ class GatedResnet(nn.Module):
     ) -> None:
         super().__init__()
         self.first = _normalised(CausalConv2d(2 * filters, filters, kernel_size, centred=centred))
-        self.skip = _normalised(nn.Conv2d(2 * skip_filters, filters, 1)) if skip_filters else None
+        self.skip = _normalised(CausalConv2d(2 * skip_filters, filters, (1, 1))) if skip_filters else None
         self.dropout = nn.Dropout(dropout)
         self.second = _normalised(CausalConv2d(2 * filters, 2 * filters, kernel_size, centred=centred))
         # A layer whose result is added to what is there starts small (init_scale in the authors' code).
@@ -181,50 +183,6 @@ class Resample(nn.Module):
 
     def forward(self, down: Tensor, down_right: Tensor) -> tuple[Tensor, Tensor]:
         return self.down(down), self.down_right(down_right)
-
-
-class CausalConv2d(nn.Conv2d):
-    """A convolution that reads a pixel and what is above and to the left of it; centred: and above to the right.
-
-    A centred kernel reads its own row to the right as well: the down stream's input is shifted down by a row first.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple[int, int],
-        stride: int = 1,
-        *,
-        centred: bool = False,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride)
-        rows, columns = kernel_size
-        right = columns // 2 if centred else 0
-        self.margins = (columns - 1 - right, right, rows - 1, 0)  # left, right, above, below
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, self.margins))
-
-
-class CausalConvTranspose2d(nn.ConvTranspose2d):
-    """The transposed convolution that doubles the resolution and reads what :class:`CausalConv2d` would."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple[int, int],
-        stride: int = 2,
-        *,
-        centred: bool = False,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, output_padding=1)
-        self.crop_left = kernel_size[1] // 2 if centred else 0
-
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        rows, columns = 2 * x.shape[2], 2 * x.shape[3]
-        return super().forward(x)[:, :, :rows, self.crop_left : self.crop_left + columns]
 
 
 def concatenated_elu(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from lit_parallel.conditionals import Conditional
 from lit_parallel.errors import UserError
+from lit_parallel.networks.causal import as_products
 from lit_parallel.sampling.noise import generator
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.sampling.positions import Positions
@@ -44,6 +45,8 @@ class Given:
                 f"given images must be uint8 of shape [n, {', '.join(map(str, image_shape))}], not "
                 f"{str(self.images.dtype).removeprefix('torch.')} of shape {list(self.images.shape)}."
             )
+        if len(self.images) == 0:
+            raise UserError("there is no given image: the images are empty.")
         shapes = (tuple(image_shape[1:]), (len(self.images), *image_shape[1:]))
         if self.mask.dtype != torch.bool or tuple(self.mask.shape) not in shapes:
             raise UserError(
@@ -88,6 +91,9 @@ class AutoregressiveSystem(TensorSystem):
         self.coupling = conditional.check_coupling(options.coupling)
         self.conditional, self.positions, self.options, self.given = conditional, positions, options, given
         self.network = network.to(torch.bfloat16) if options.precision == "bf16" else network
+        if self.device.type != "cpu":  # where convolutions may go through transforms, whose rounding is not causal
+            as_products(self.network)
+        self._network_dtype = next((parameter.dtype for parameter in self.network.parameters()), self.dtype)
         width = conditional.draw_noise(generator(0, 0), 1, self.coupling).shape[1]
         self.noise = self.guess.new_ones(batch_size, positions.length, width)
         self.num_classes = num_classes
@@ -141,16 +147,21 @@ class AutoregressiveSystem(TensorSystem):
         return self._sample(x, None)
 
     def evaluate(self, state: Tensor, equations: Equations, frontier: Tensor, running: Tensor | None) -> Evaluation:
-        return write(state, equations, self._sample(state, equations), select(self.guess, equations), running)
+        # A predetermined sweep leaves what is not finite where it is; not every network can read that (an embedding).
+        x = state if running is not None else torch.where(state.isfinite(), state, self.guess)
+        return write(state, equations, self._sample(x, equations), select(self.guess, equations), running)
+
+    def parameters(self, x: Tensor) -> Tensor:
+        """The conditionals' parameters at all positions, ``[batch, length, num_parameters]``, from an iterate."""
+        encoded = self.conditional.encode(x)
+        if encoded.is_floating_point():
+            encoded = encoded.to(self._network_dtype)
+        with arithmetic(self.options.precision):
+            return self.positions.parameters(self.network, encoded, self.labels).to(self.dtype)
 
     def _sample(self, x: Tensor, equations: Equations) -> Tensor:
         """New values of the named equations, ``[batch, width, channels]``."""
-        encoded = self.conditional.encode(x)
-        if self.options.precision == "bf16" and encoded.is_floating_point():
-            encoded = encoded.to(torch.bfloat16)
-        with arithmetic(self.options.precision):
-            parameters = self.positions.parameters(self.network, encoded, self.labels)
-        parameters = select(parameters.to(self.dtype), equations)
+        parameters = select(self.parameters(x), equations)
         batch, width = parameters.shape[:2]
         new = self.conditional.sample(
             parameters.reshape(batch * width, -1),
@@ -173,7 +184,8 @@ def arithmetic(precision: str) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, tf32
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(enabled=bool(cudnn.enabled), benchmark=False, deterministic=True, allow_tf32=tf32):
             yield
     finally:
         matmul.allow_tf32 = before

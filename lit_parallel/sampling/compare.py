@@ -27,8 +27,8 @@ class Measurement:
         solution: What it found (of the last run; all runs agree or ``repeatable`` is false).
         seconds: Wall-clock time of every run, the certificate included, the first run and its set-up excluded.
         repeatable: Whether every run gave the same bits.
-        pixel_map: ``[batch, height, width]`` for each pixel the iteration in which it took its final value (0: it had
-            it from the start); ``None`` for sequential solvers.
+        pixel_map: ``[batch, height, width]`` for each pixel the iteration in which it took its final value (0: it was
+            given); ``None`` for sequential solvers.
         equal: Whether the result equals the plain sequential one bit for bit; ``None`` if that was not run.
         largest_difference: Largest distance to the plain sequential result; ``None`` if that was not run.
         speedup: Wall-clock speedup over each baseline, by its name.
@@ -181,7 +181,7 @@ def trace(
         # No need to run it: after k iterations the first k equations are solved and the others still the guess.
         sampler.load(indices)
         guess = sampler.system.value(sampler.system.new_state())[: len(indices)]
-        for solved in range(sampler.system.length + 1):
+        for solved in range(sampler.loop.limit + 1):
             observe(solved, torch.cat([exact[:, :solved], guess[:, solved:]], dim=1))
     else:
         sampler.batch(indices, observer=observe)

@@ -26,6 +26,8 @@ def load_given(options: InpaintOptions, image_shape: tuple[int, int, int], test_
         UserError: If a file cannot be read or does not fit the model.
     """
     if options.images is None:
+        if options.given != InpaintOptions().given:
+            raise UserError(f"inpaint.given={options.given} needs images: set inpaint.images=test, or a file.")
         return None
     if options.images == "test":
         assert test_images is not None

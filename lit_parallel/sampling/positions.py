@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LAYOUTS = ("sequence", "image")
@@ -67,6 +68,10 @@ class Positions:
             encoded: ``[batch, length, ...]`` its input, from :meth:`lit_parallel.conditionals.Conditional.encode`.
             labels: ``[batch]``, or ``None``.
         """
-        inputs = self.to_images(encoded).contiguous() if self.layout == "image" else encoded
+        inputs = encoded
+        if self.layout == "image":
+            # Not Tensor.contiguous: with one channel the strides would say "channels last" as well, and convolutions
+            # choose another algorithm, with other bits, by them.
+            inputs = self.to_images(encoded).clone(memory_format=torch.contiguous_format)
         outputs = network(inputs) if labels is None else network(inputs, labels)
-        return outputs.flatten(2).transpose(1, 2) if self.layout == "image" else outputs
+        return outputs.flatten(2).transpose(1, 2) if self.layout == "image" and outputs.dim() > 2 else outputs

@@ -157,7 +157,7 @@ class Books:
     def close_predetermined(self, value: Tensor, limit: int) -> None:
         """The books of a fixed sweep are written once, at the end: only where it went astray matters."""
         finite = value.isfinite().flatten(2).all(dim=2) if value.dim() > 2 else value.isfinite()
-        finite = torch.where(self._positions < limit, finite, True)
+        finite = torch.where(self._positions < limit, finite & ~self.non_finite, True)
         length = len(self._positions)
         first_bad = torch.where(finite, length, self._positions).amin(dim=1)
         self.frontier.copy_(first_bad.clamp(max=limit))

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_parallel.solution import Solution, Status
 from lit_parallel.solvers.books import FAILED, LIMIT, RUNNING, SOLVED, Books, Stopping
 from lit_parallel.solvers.schedules import Jacobi, Solver
-from lit_parallel.systems import Equations, TriangularSystem
+from lit_parallel.systems import Equations, Evaluation, TriangularSystem
 
 Observer = Callable[[int, Tensor], None]
 """Called with the iteration's number, from 0 (the initial guess), and the iterate ``[batch, length, ...]``."""
@@ -112,17 +112,18 @@ class SolverLoop:
         running = books.status == RUNNING
         books.enter(self.system.evaluate(self._state, equations, books.frontier, running), running, self.stopping)
 
-    def _predetermined_iteration(self, step: int | Tensor) -> None:
+    def _predetermined_iteration(self, step: int | Tensor) -> Evaluation:
         books = self._books
         assert books is not None
         equations: Equations = self.solver.equations(self.system, books.frontier, step)
-        self.system.evaluate(self._state, equations, books.frontier, None)
+        return self.system.evaluate(self._state, equations, books.frontier, None)
 
     def _predetermined_device_iteration(self) -> None:
         """The same with the step on the device, so that one captured evaluation serves all steps."""
         books = self._books
         assert books is not None
-        self._predetermined_iteration(books.step)
+        change = self._predetermined_iteration(books.step).change
+        books.non_finite.index_copy_(1, books.step, change.isnan())  # such a value did not enter the iterate
         books.step += 1
 
     def _iterate(self, observer: Observer | None) -> None:
@@ -208,6 +209,8 @@ class SolverLoop:
         iterations = books.iterations.clone()
         solved = Status.CONVERGED if self.stopping.exact or self.solver.predetermined else Status.SETTLED
         limit = Status.ITERATION_LIMIT
+        if self.stopping.exact and self.limit == length:
+            limit = Status.NOT_TRIANGULAR
         names = {RUNNING: limit, SOLVED: solved, FAILED: Status.NON_FINITE, LIMIT: limit}
         return Solution(
             value=value,
