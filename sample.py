@@ -20,6 +20,7 @@ def sample(config: Any) -> Any:
         >>> result = sample(load_config(SampleConfig, overrides=["num_samples=16", "solver.name=jacobi"]))
     """
     from pytorch_lightning.callbacks import RichProgressBar
+    from pytorch_lightning.utilities import rank_zero_only
 
     from lit_parallel.checkpoint import load, saved_config
     from lit_parallel.config import to_container
@@ -42,8 +43,10 @@ def sample(config: Any) -> Any:
     trained = saved_config(model)
     test_images = None
     if config.inpaint.images == "test":
+        trained.data.folder = config.inpaint.folder or trained.data.folder
         data = build_data(trained.data, trained.seed)
-        data.prepare_data()
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            data.prepare_data()
         test_images = data.test_images()
     what = What(config.seed, config.sampling, load_given(config.inpaint, model.image_shape, test_images))
     Sampler(model, config.solver, 1, what)

@@ -11,12 +11,11 @@ import argparse
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_parallel.checkpoint import load, saved_config
+from lit_parallel.checkpoint import as_checkpoint, load, saved_config
 from lit_parallel.data.datasets import build_data
 from lit_parallel.modules.pixelcnnpp import PixelCNNppModule
 
@@ -80,8 +79,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.998, help="of the moving average")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs an NVIDIA GPU")
     model = load(args.checkpoint)
-    assert isinstance(model, PixelCNNppModule)
+    if not isinstance(model, PixelCNNppModule) or model.num_classes is not None:
+        parser.error("the checkpoint must be one of a PixelCNN++ without classes")
     config = saved_config(model)
     if args.folder:
         config.data.folder = args.folder
@@ -95,12 +97,7 @@ def main() -> None:
             -model.log_likelihood(some.cuda(), torch.zeros(some.shape, device="cuda")) / model.length / math.log(2)
             for some in test.split(100)
         ]
-    content: dict[str, Any] = {
-        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
-        "hyper_parameters": dict(model.hparams),
-        "pytorch-lightning_version": torch.load(args.checkpoint, weights_only=True)["pytorch-lightning_version"],
-    }
-    torch.save(content, args.output)
+    torch.save(as_checkpoint(model), args.output)
     print(f"{args.output}: {steps} steps; test bits/dim {float(torch.cat(bits).mean()):.4f} of {len(test)} images")
 
 

@@ -71,7 +71,8 @@ def measure(
         row = {"coupling": coupling, "precision": precision, "method": label, **measurement.row()}
         row["bitwise_equal_to_sequential"] = torch.equal(measurement.solution.value, exact)
         row["largest_difference"] = float((measurement.solution.value - exact).abs().max())
-        row["speedup_over_sequential"] = base / measurement.median_seconds
+        solved = measurement.solution.all_solved and measured[0].solution.all_solved
+        row["speedup_over_sequential"] = base / measurement.median_seconds if solved else None
         rows.append(row)
     if coupling == "paper":
         rows.append({"coupling": coupling, "precision": precision, **_with_tolerance(model, args, what, exact)})

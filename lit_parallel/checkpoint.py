@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 
 from lit_parallel.config import TrainConfig, from_container, to_container
@@ -59,6 +60,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Autoregressive
             "use an earlier checkpoint, or train with a smaller optimizer.lr."
         )
     return model.eval().to(device)
+
+
+def as_checkpoint(model: AutoregressiveModule) -> dict[str, Any]:
+    """What a checkpoint of a model holds when it was not Lightning that wrote it; :func:`load` opens it."""
+    return {
+        "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
+        "hyper_parameters": dict(model.hparams),
+        "pytorch-lightning_version": pl.__version__,  # Lightning asks for it when training goes on from here
+    }
 
 
 def saved_config(model: AutoregressiveModule) -> TrainConfig:

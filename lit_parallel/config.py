@@ -31,7 +31,7 @@ from lit_parallel.options import (
     option_keys,
 )
 from lit_parallel.sampling.options import InpaintOptions, SamplingOptions
-from lit_parallel.solvers.options import SolverOptions
+from lit_parallel.solvers.options import SOLVER_NAMES, SolverOptions
 
 Schema = TypeVar("Schema")
 
@@ -139,6 +139,9 @@ class CompareOptions:
     baselines: list[str] = option(list(BASELINE_NAMES), "solvers to run as well", choices=BASELINE_NAMES)
     repeats: int = option(3, "timed runs of each solver, of which the median counts; fewer of slow ones", minimum=1)
     curves: bool = option(True, "draw convergence.png and strips.png: runs the solvers once more, seeing every iterate")
+    curves_of: list[str] = option(
+        ["jacobi", "sequential"], "solvers in these pictures beside the chosen one", choices=SOLVER_NAMES
+    )
 
 
 def _default_training() -> TrainerOptions:
@@ -272,6 +275,11 @@ def _fill(typed: DictConfig, given: dict[Any, Any], known: list[str], prefix: st
     for name, value in given.items():
         key = join_key(prefix, name)
         spec = specs.get(name)
+        if spec is None and key in known:  # of another kind, such as another model
+            raise UserError(
+                f"Option '{key}' does not belong to {prefix}.name={typed['name']}: leave it out, or start from another "
+                "file in configs/."
+            )
         if spec is None:
             raise UserError(f"Unknown option '{key}'.{_suggest(str(name), list(specs), known)}")
         if isinstance(spec, Group):

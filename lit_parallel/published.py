@@ -29,10 +29,9 @@ def convert(weights: str | Path, output: str | Path, image_size: int | None = No
     Raises:
         UserError: If the file is missing or damaged, does not hold such weights, or the output exists.
     """
-    import pytorch_lightning as pl
     import torch
 
-    from lit_parallel.checkpoint import build_model
+    from lit_parallel.checkpoint import as_checkpoint, build_model
     from lit_parallel.conditionals import DiscretizedLogisticMixture
     from lit_parallel.config import TrainConfig, from_container
     from lit_parallel.networks.pixelcnnpp import STRIDE
@@ -71,13 +70,8 @@ def convert(weights: str | Path, output: str | Path, image_size: int | None = No
     model.network.load_state_dict(network.state_dict())
     model.initialised.fill_(True)  # training would otherwise begin by initialising the weights
     output.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "state_dict": model.state_dict(),
-        "hyper_parameters": dict(model.hparams),
-        "pytorch-lightning_version": pl.__version__,
-    }
     with output.open("xb") as file:
-        torch.save(content, file)
+        torch.save(as_checkpoint(model), file)
     return model.eval()
 
 

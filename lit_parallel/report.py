@@ -120,11 +120,11 @@ def write_results(
         first = measurements[0].solution
         exact = first if first.certified.all() else Sampler(model, "sequential", batch_size, what).batch(first_batch)[1]
     pixel_map = measurements[0].pixel_map
-    if pixel_map is not None:
+    if pixel_map is not None and measurements[0].solution.all_solved:
         figure = iteration_map_figure(images[:batch_size], pixel_map, exact.length, config.solver.name)
         save_figure(figure, kept / "iterations.png")
     if config.compare.curves:
-        others = [name for name in ("jacobi", "sequential") if name != config.solver.name]
+        others = [name for name in config.compare.curves_of if name != config.solver.name]
         solvers: list[SolverOptions | str] = [config.solver, *others]
         traces = [
             trace(model, solver, batch_size=batch_size, what=what, indices=first_batch, exact=exact.value)
@@ -139,7 +139,7 @@ def write_results(
         arithmetic = f"{what.options.precision} network"
     title = (
         f"{batch_size} images of {exact.length} equations each, {facts['device_name']}, {arithmetic}, "
-        f"median of {len(measurements[0].seconds)} runs"
+        f"median of up to {config.compare.repeats} runs"
     )
     report = {
         "checkpoint": str(checkpoint),
@@ -147,7 +147,7 @@ def write_results(
         "environment": facts,
         "certified": bool(solution.certified.all()),
         "solution": solution.summary(),
-        "all_processes": totals if solution.all_solved else totals | {"iteration_speedup": None},
+        "all_processes": totals if solution.all_solved and not solution.given else totals | {"iteration_speedup": None},
         "comparison": {"what": title, "rows": [measurement.row() for measurement in measurements]},
         "samples": per_sample(solution),
     }
@@ -161,6 +161,7 @@ def write_results(
     notes = _notes(solution, short_path(folder), short_path(kept))
     if len(baselines) < len(config.compare.baselines):
         notes.insert(1, "not compared with cached sequential sampling: this model has no evaluation from caches yet")
+        notes.insert(2, "every iteration of every solver is one full pass of the network, whatever the work says")
     return SamplingResults(folder, images, solution, measurements, report, title, notes)
 
 
@@ -206,7 +207,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["device_name"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
-        facts["tf32"] = torch.backends.cuda.matmul.allow_tf32
     return facts
 
 
@@ -262,10 +262,10 @@ def print_table(measurements: Sequence[Measurement], *, title: str) -> None:
         table.add_row(
             measurement.solver,
             iterations + (f" + {certificate}" if certificate else ""),
-            f"{numbers['iteration_speedup']:.1f}x" if measurement.solution.all_solved else "not solved",
+            _times(numbers["iteration_speedup"], measurement),
             f"{numbers['work']:.1f}",
             f"{measurement.median_seconds:.4f}",
-            *(_times(measurement.speedup[name]) for name in baselines),
+            *(_times(measurement.speedup[name], measurement) for name in baselines),
             _equality(measurement),
             style="bold" if measurement is measurements[0] else None,
         )
@@ -275,10 +275,14 @@ def print_table(measurements: Sequence[Measurement], *, title: str) -> None:
     console.print(table)
     if any(measurement.solution.certificate_iterations.any() for measurement in measurements):
         console.print("iterations: + those of the certificate; work: equations evaluated, relative to sequential")
+    if measurements[0].solution.given:
+        console.print("no speedups: given equations cost nothing, whatever the solver")
 
 
-def _times(speedup: float) -> str:
-    return f"{speedup:.2f}x" if speedup == speedup else "not solved"
+def _times(speedup: float, measurement: Measurement) -> str:
+    if speedup == speedup:
+        return f"{speedup:.2f}x"
+    return "-" if measurement.solution.all_solved else "not solved"
 
 
 def _equality(measurement: Measurement) -> str:

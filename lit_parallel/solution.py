@@ -47,9 +47,10 @@ class Solution:
         setup_seconds: Time to allocate and to capture the CUDA graph, if one was used; paid once per loop.
         length: Number of equations, T.
         solver: Name of the solver.
-        final_iteration: ``[batch, length]`` the solver's iteration in which each equation changed last, which is when
-            it took its final value (the iteration map); ``None`` for the sequential solver, where it is ``t + 1``.
-            What a certificate repaired came later still.
+        given: Whether some equations were given. They cost nothing, so there is no speedup to speak of.
+        final_iteration: ``[batch, length]`` the iteration in which each equation changed last, which is when it took
+            its final value (the iteration map; 0: it had it from the start); ``None`` for the sequential solver, where
+            it is ``t + 1``. The certificate's iterations count on from the solver's.
         residual: ``[iterations, batch]`` largest change in each iteration (not an error), if recorded. Infinite where
             a value beyond the frontier was not finite.
     """
@@ -66,6 +67,7 @@ class Solution:
     setup_seconds: float
     length: int
     solver: str
+    given: bool = False
     final_iteration: Tensor | None = None
     residual: Tensor | None = None
 
@@ -126,7 +128,9 @@ class Solution:
             "iterations_max": int(self.iterations.max()),
             "certificate_iterations_max": int(self.certificate_iterations.max()),
             # What was not solved has no speedup.
-            "iteration_speedup": self.length / max(total, 1.0) if self.all_solved else float("nan"),
+            "iteration_speedup": (
+                self.length / max(total, 1.0) if self.all_solved and not self.given else float("nan")
+            ),
             "work": float(self.work.double().mean()),
             "seconds": self.seconds,
             "certificate_seconds": self.certificate_seconds,
@@ -159,6 +163,7 @@ def concatenate(solutions: list[Solution]) -> Solution:
         setup_seconds=sum(solution.setup_seconds for solution in solutions),
         length=first.length,
         solver=first.solver,
+        given=first.given,
         final_iteration=torch.cat(maps) if len(maps) == len(solutions) else None,
         residual=_join_residuals([s.residual for s in solutions if s.residual is not None], len(solutions)),
     )

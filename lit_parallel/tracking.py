@@ -129,7 +129,7 @@ def log_sampling(
     run = logger.experiment
     summary = solution.summary()
     names = ["iterations_mean", "iterations_max", "work", "seconds"]
-    if solution.all_solved:  # what was not solved has no speedup
+    if np.isfinite(summary["iteration_speedup"]):  # what was not solved has none
         names.append("iteration_speedup")
     scalars: dict[str, Any] = {f"solver/{name}": summary[name] for name in names}
     scalars["solver/evaluations"] = float(solution.evaluations.double().mean())

@@ -62,8 +62,8 @@ def check_sampling(options: TrainerOptions) -> None:
         )
     if options.precision not in (None, "32", "32-true", "64", "64-true"):
         raise UserError(
-            f"trainer.precision={options.precision} is too coarse for sampling: leave it out, use 64-true, or set "
-            "sampling.precision=bf16, which keeps the levels exact."
+            f"trainer.precision={options.precision} is too coarse for sampling: leave it out, use 64-true, or for a "
+            "model of 8-bit levels set sampling.precision=bf16, which keeps the levels exact."
         )
 
 

@@ -219,3 +219,8 @@ def test_a_full_disk_is_one_line(capsys):
 
     assert run_command(main, []) == 2
     assert capsys.readouterr().err == "error: No space left on device: 'runs/x/last.ckpt'\n"
+
+
+def test_help_does_not_wait_for_torch():
+    program = "import sys, lit_parallel.cli, lit_parallel.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

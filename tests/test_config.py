@@ -274,3 +274,10 @@ def test_unreadable_file_is_told_in_one_line(tmp_path, content, message):
 
 def test_folder_as_config_file(tmp_path):
     assert "Cannot read the config file" in refusal(path=tmp_path)
+
+
+def test_an_option_of_another_model_says_so():
+    with pytest.raises(UserError, match=r"'model\.hidden_sizes' does not belong to model\.name=pixelcnnpp: leave it"):
+        load_config(
+            TrainConfig, Path(__file__).parent.parent / "configs" / "made_mnist5k.yaml", ["model.name=pixelcnnpp"]
+        )

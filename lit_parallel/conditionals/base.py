@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lit_parallel.errors import UserError, did_you_mean
 
-_TABLE_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
-"""Elements of one table of probabilities: small enough for a CPU's cache, 0.5 GiB in float32 on a GPU."""
+_TABLE_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
+"""Elements of one table of probabilities: to fit a CPU's cache; 128 MiB in float32 on a GPU, a few at once."""
 
 
 class Conditional(ABC):

@@ -90,6 +90,7 @@ class DiscretizedLogisticMixture(LevelConditional):
         """See the base class. The weights of the components are carried from channel to channel as a posterior."""
         p = self._split(parameters)
         edges = torch.arange(255, dtype=parameters.dtype, device=parameters.device) * (2 / 255) - (1 - _HALF_WIDTH)
+        largest = 80.0 if parameters.dtype == torch.float32 else 700.0  # whose exponential is finite
         # Logarithms, so that they do not vanish one and all where the level is unlikely.
         log_weights = p.logits
         earlier: list[Tensor] = []
@@ -101,9 +102,10 @@ class DiscretizedLogisticMixture(LevelConditional):
             inside = weights * -torch.expm1(sharpness * (-2 * _HALF_WIDTH))
             table = parameters.new_zeros(len(parameters), self.levels)
             for m in range(self.mixtures):  # one component after another: a fixed order of summation, and less memory
-                z = (edges - mean[:, m, None]) * sharpness[:, m, None]
                 # Not Tensor.sigmoid: on a CPU its bits depend on an element's place in memory.
-                below, above = 1 / (1 + (-z).exp()), 1 / (1 + z.exp())
+                odds = ((mean[:, m, None] - edges) * sharpness[:, m, None]).clamp_(-largest, largest).exp_()
+                below = (1 + odds).reciprocal_()
+                above = odds.mul_(below)
                 table[:, 0] += weights[:, m] * below[:, 0]
                 table[:, 1:-1] += inside[:, m, None] * (below[:, 1:] * above[:, :-1])
                 table[:, -1] += weights[:, m] * above[:, -1]

@@ -11,7 +11,7 @@ from lit_parallel.conditionals import Conditional
 from lit_parallel.errors import UserError
 from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.modules.options import OptimizerOptions
-from lit_parallel.sampling.autoregressive import AutoregressiveSystem, Given, folded
+from lit_parallel.sampling.autoregressive import AutoregressiveSystem, Given, check_shape, folded
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.sampling.positions import Positions
 from lit_parallel.systems import TriangularSystem
@@ -71,7 +71,10 @@ class ConditionalModule(AutoregressiveModule):
         x = self.positions.from_images(self.conditional.from_pixels(images, noise))
         encoded = self.conditional.encode(x)
         encoded = encoded.to(self.dtype) if encoded.is_floating_point() else encoded
+        if self.num_classes is not None and labels is None:
+            raise UserError("a class-conditional model needs labels: the loader must yield (images, labels).")
         parameters = self.positions.parameters(self.network_in_use, encoded, labels)
+        check_shape(self.network, parameters, [*x.shape[:2], self.conditional.num_parameters])
         return self.conditional.log_prob(parameters.to(x.dtype), x).sum(dim=1)
 
     def sampling_system(
@@ -96,9 +99,4 @@ class ConditionalModule(AutoregressiveModule):
         return system.images(value)
 
     def pixel_map(self, system: TriangularSystem, numbers: Tensor) -> Tensor:
-        assert isinstance(system, AutoregressiveSystem)
-        # A first guess that happened to be right is confirmed by the first iteration; 0 is for what was given.
-        numbers = numbers.clamp(min=1)
-        if system.is_given is not None:
-            numbers = numbers.masked_fill(system.is_given[: len(numbers), :, 0].to(numbers.device), 0)
         return self.positions.to_map(numbers)

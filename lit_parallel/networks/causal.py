@@ -3,9 +3,9 @@
 That an output depends on earlier pixels only holds for the mathematics of a convolution, not for every algorithm:
 those that go through a transform (Winograd, FFT) compute a whole tile of outputs from a whole tile of inputs, and what
 cancels exactly in real numbers leaves a rounding error of later pixels in an earlier output. On a finite alphabet such
-an error changes nothing for years and then flips a tie; the system is then not triangular, and its iteration need not
-end. cuDNN chooses such algorithms where they are fast. As a matrix product, every output is one dot product over what
-it may see.
+an error mostly changes nothing, and now and then decides between two nearly equal levels; the system is then not
+triangular, and its iteration need not end. cuDNN may choose such algorithms. As a matrix product, every output is one
+dot product over what it may see. It costs memory: the inputs of a layer, once for each place of its kernel.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class Resample(nn.Module):
 
 
 def concatenated_elu(x: Tensor) -> Tensor:
-    """``elu([x, -x])``: ``[batch, filters, ...] -> [batch, 2 filters, ...]`` (section 3 of the authors' code)."""
+    """``elu([x, -x])``: ``[batch, filters, ...] -> [batch, 2 filters, ...]``, as in the authors' code."""
     return F.elu(torch.cat([x, -x], dim=1))
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,9 @@ class AutoregressiveSystem(TensorSystem):
         if encoded.is_floating_point():
             encoded = encoded.to(self._network_dtype)
         with arithmetic(self.options.precision):
-            return self.positions.parameters(self.network, encoded, self.labels).to(self.dtype)
+            parameters = self.positions.parameters(self.network, encoded, self.labels)
+        check_shape(self.network, parameters, [*x.shape[:2], self.conditional.num_parameters])
+        return parameters.to(self.dtype)
 
     def _sample(self, x: Tensor, equations: Equations) -> Tensor:
         """New values of the named equations, ``[batch, width, channels]``."""
@@ -174,27 +177,69 @@ class AutoregressiveSystem(TensorSystem):
         return new
 
 
+def check_shape(network: nn.Module, parameters: Tensor, wanted: list[int]) -> None:
+    """Raise a `UserError` if a network's output is not ``[batch, length, num_parameters]``."""
+    if list(parameters.shape) != wanted:
+        raise UserError(
+            f"{type(network).__name__} returned [samples, positions, parameters] = {list(parameters.shape)} for "
+            f"{wanted[0]} samples: it must be {wanted}."
+        )
+
+
 @contextlib.contextmanager
 def arithmetic(precision: str) -> Iterator[None]:
     """Fix how matrix products and convolutions are computed: always the same algorithm, TF32 only if asked for.
 
-    cuDNN uses TF32 unless told not to, and may choose another algorithm in another process.
+    cuDNN uses TF32 unless told not to, and may choose another algorithm in another process; a user may have lowered
+    the precision of float32 for training.
     """
+    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
     tf32 = precision == "tf32"
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    # PyTorch has an older and a newer way to say this. The older refuses to answer where the newer was used; where it
+    # answers, it is set too, since otherwise it would refuse afterwards (and torch.compile asks it).
+    matmul_before = _unless_refused(torch.get_float32_matmul_precision)
+    cudnn_before = _unless_refused(lambda: bool(cudnn.allow_tf32))
+    newer: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv]  # type: ignore[attr-defined]
+    newer_before = [backend.fp32_precision for backend in newer]
+    algorithms_before = cudnn.benchmark, cudnn.deterministic
     try:
-        cudnn = torch.backends.cudnn
-        with cudnn.flags(enabled=bool(cudnn.enabled), benchmark=False, deterministic=True, allow_tf32=tf32):
-            yield
+        for backend in newer:
+            backend.fp32_precision = "tf32" if tf32 and backend in newer[:3] else "ieee"
+        if matmul_before is not None:
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        if cudnn_before is not None:
+            cudnn.allow_tf32 = tf32
+        cudnn.benchmark, cudnn.deterministic = False, True
+        yield
     finally:
-        matmul.allow_tf32 = before
+        cudnn.benchmark, cudnn.deterministic = algorithms_before
+        if matmul_before is not None:
+            torch.set_float32_matmul_precision(matmul_before)
+        if cudnn_before is not None:
+            cudnn.allow_tf32 = cudnn_before
+        for backend, value in zip(newer, newer_before, strict=True):
+            backend.fp32_precision = value
+
+
+def _unless_refused(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 @torch.no_grad()
 def folded(network: nn.Module) -> nn.Module:
     """A copy for sampling: in evaluation mode, without gradients, parametrised weights computed once and for all."""
-    replica = copy.deepcopy(network).eval().requires_grad_(False)
+    # What a forward hook has computed (the older kind of weight normalisation) cannot be copied with its history.
+    computed = [
+        tensor
+        for module in network.modules()
+        for tensor in vars(module).values()
+        if isinstance(tensor, Tensor) and not tensor.is_leaf
+    ]
+    replica = copy.deepcopy(network, {id(tensor): tensor.detach().clone() for tensor in computed})
+    replica.eval().requires_grad_(False)
     for module in replica.modules():
         if not parametrize.is_parametrized(module):
             continue

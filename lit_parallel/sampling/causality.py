@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_parallel.conditionals import Conditional
 from lit_parallel.errors import UserError
-from lit_parallel.sampling.autoregressive import AutoregressiveSystem, folded
+from lit_parallel.sampling.autoregressive import AutoregressiveSystem, check_shape, folded
 from lit_parallel.sampling.positions import Positions
 from lit_parallel.systems import TriangularSystem
 
@@ -54,6 +54,8 @@ def check_causality(
     Raises:
         UserError: If it is not so; names the network, the output and the value that it sees.
     """
+    if not hasattr(model, "positions"):
+        raise UserError(f"{type(model).__name__} cannot be checked: wrap the network in a ConditionalModule.")
     name = type(model.network).__name__
     evaluate = _sampling_arithmetic(model, batch_size) if bitwise else _double_arithmetic(model, batch_size)
     for trial in range(trials):
@@ -61,16 +63,13 @@ def check_causality(
         x = _random_values(model, generator)
         # Compared with the same place in the batch: a library's last bits may depend on the place.
         expected = evaluate(x.repeat(batch_size, 1, 1))
-        wanted = [batch_size, model.positions.length, model.conditional.num_parameters]
-        if list(expected.shape) != wanted:
-            raise UserError(
-                f"{name} returned [samples, positions, parameters] = {list(expected.shape)} for {batch_size} samples: "
-                f"it must be {wanted}."
-            )
+        check_shape(model.network, expected, [batch_size, model.positions.length, model.conditional.num_parameters])
         if not bool(expected.isfinite().all()):
             raise UserError(
                 f"{name} returned values that are not finite: nothing can be said about what they depend on."
             )
+        if not torch.equal(evaluate(x.repeat(batch_size, 1, 1)), expected):
+            raise UserError(f"{name} is not a function of its input: it returned other values for the same one.")
         bound = 0.0 if bitwise else float(_TOLERANCE * (1 + expected.abs().amax()))
         for first, variants in _with_other_values_behind(model, x, generator, batch_size):
             # [batch, length]: output t of the run in which everything from first + i on was changed

@@ -113,13 +113,15 @@ def compare(
     sequential = by_name.get("sequential")
     for measurement in measurements:
         if sequential is not None:
-            measurement.equal = torch.equal(measurement.solution.value, sequential.solution.value)
+            if measurement.solution.all_solved and sequential.solution.all_solved:
+                measurement.equal = torch.equal(measurement.solution.value, sequential.solution.value)
             difference = measurement.solution.value.double() - sequential.solution.value.double()
             measurement.largest_difference = float(difference.abs().max())
-        # What was not solved has no speedup.
-        solved = measurement.solution.all_solved
+        # What was not solved has no speedup; nor has what is partly given, which a sequential sampler could skip.
         measurement.speedup = {
-            name: baseline.median_seconds / measurement.median_seconds if solved else float("nan")
+            name: baseline.median_seconds / measurement.median_seconds
+            if measurement.solution.all_solved and baseline.solution.all_solved and what.given is None
+            else float("nan")
             for name, baseline in by_name.items()
         }
     return measurements

@@ -16,7 +16,7 @@ class SamplingOptions:
     coupling: str | None = option(
         None, "how noise becomes pixels (null: the model's best, gumbel for 8-bit levels)", choices=COUPLINGS
     )
-    temperature: float = option(1.0, "below 1: more likely, less varied images", above=0)
+    temperature: float = option(1.0, "below 1: more likely, less varied images", above=0, maximum=5)
     label: int | None = option(
         None, "class-conditional models: the class to draw (null: all classes in turn)", minimum=0
     )
@@ -32,4 +32,8 @@ class InpaintOptions:
     images: str | None = option(
         None, "test (the data's test images), an .npy of uint8 [n, channels, height, width], or a picture (null: none)"
     )
-    given: str = option("top", f"what is kept: {', '.join(REGIONS)} half, or a black-and-white picture (white: kept)")
+    given: str = option(
+        "top",
+        "what is kept: the top, bottom, left or right half, the border, or a black-and-white picture (white: kept)",
+    )
+    folder: str | None = option(None, "folder with the official files, for images=test (null: as in training)")

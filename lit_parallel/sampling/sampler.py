@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_parallel.errors import UserError, did_you_mean
-from lit_parallel.options import MAX_SEED
+from lit_parallel.options import MAX_SEED, check_options
 from lit_parallel.sampling.autoregressive import Given
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.solution import Solution, concatenate
@@ -80,6 +80,7 @@ class Sampler:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         what = What(what) if isinstance(what, int) else what
+        check_options(what.options, "sampling")
         options = SolverOptions(name=solver) if isinstance(solver, str) and solver != CACHED_SEQUENTIAL else solver
         if not isinstance(options, str) and options.name not in SOLVER_NAMES:
             raise UserError(
@@ -90,7 +91,7 @@ class Sampler:
                 f"{type(model).__name__} has no evaluation from caches: leave {CACHED_SEQUENTIAL} out of "
                 "compare.baselines."
             )
-        self.model, self.batch_size, self.seed = model, batch_size, what.seed
+        self.model, self.batch_size, self.seed, self.given = model, batch_size, what.seed, what.given is not None
         schedule: Solver
         if isinstance(options, str):  # cached sequential: the ordinary algorithm needs no certificate
             self.name, schedule, options = options, Sequential(), SolverOptions(name="sequential", certify=False)
@@ -125,7 +126,7 @@ class Sampler:
             raise UserError(f"a batch holds 1 to {self.batch_size} samples, got {count}")
         self.load(indices)
         solution = self.loop.run(observer=observer)
-        solution.solver = self.name
+        solution.solver, solution.given = self.name, self.given
         solution = solution.first(count)
         return self.model.images(self.system, solution.value), solution
 

@@ -245,6 +245,10 @@ class SolverLoop:
         ]
         solution.certified = checked & (check.frontier == check.length)
         solution.certificate_iterations = torch.where(checked, check.iterations, 0)
+        if solution.final_iteration is not None and check.final_iteration is not None:
+            repaired = (check.final_iteration > 0) & checked[:, None]
+            later = solution.iterations[:, None] + check.final_iteration
+            solution.final_iteration = torch.where(repaired, later, solution.final_iteration)
         solution.certificate_seconds = check.seconds
         solution.seconds += check.seconds
         solution.setup_seconds += check.setup_seconds

@@ -1,6 +1,11 @@
 """Sampling a network as a triangular system: the bits of a plain loop over pixels, whatever the solver."""
 
 import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -9,9 +14,10 @@ from small_models import categorical, pixel_by_pixel, pixelcnnpp
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lit_parallel.conditionals import Categorical
 from lit_parallel.errors import UserError
 from lit_parallel.modules.conditional import ConditionalModule
-from lit_parallel.sampling.autoregressive import Given, arithmetic, folded
+from lit_parallel.sampling.autoregressive import Given, folded
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.sampling.sampler import Sampler, What, sample
 from lit_parallel.solution import Status
@@ -129,7 +135,7 @@ def test_these_problems_are_not_too_easy_and_jacobi_is_exact_from_the_front(chan
     for k, (before, after) in enumerate(itertools.pairwise(iterates), start=1):
         last[(before != after).any(dim=2)] = k
     assert torch.equal(solution.final_iteration.long(), last)
-    assert torch.equal(sampler.pixel_map(solution).long(), last.reshape(2, 8, 8).clamp(min=1))
+    assert torch.equal(sampler.pixel_map(solution).long(), last.reshape(2, 8, 8))
 
 
 def test_blocks_are_rows_and_windows_eight_rows_unless_told_otherwise():
@@ -422,42 +428,58 @@ def test_sampling_in_the_middle_of_training_disturbs_nothing():
 # -- arithmetic ----------------------------------------------------------------------------------------------------
 
 
-def flags():
-    cudnn = torch.backends.cudnn
-    return (
-        torch.backends.cuda.matmul.allow_tf32,
-        *(cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+def newer_flags():
+    backends, cudnn = torch.backends, torch.backends.cudnn
+    places = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv)
+    return [place.fp32_precision for place in places] + [cudnn.benchmark, cudnn.deterministic, cudnn.enabled]
+
+
+STATES = [
+    "pass",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.set_float32_matmul_precision('high')",
+    "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.benchmark = True",
+    "torch.backends.cudnn.allow_tf32 = False; torch.backends.cudnn.deterministic = True",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_arithmetic_is_set_and_put_back(state):
+    """In a process of its own: the two ways to set it do not mix, and nothing undoes that."""
+    program = f"""
+import contextlib, torch
+from test_autoregressive import newer_flags
+from lit_parallel.sampling.autoregressive import arithmetic
+
+def older():
+    with contextlib.suppress(RuntimeError):
+        return torch.get_float32_matmul_precision()
+
+{state}
+before = newer_flags(), older()
+for precision in ("full", "tf32", "bf16"):
+    with contextlib.suppress(KeyError), arithmetic(precision):
+        gpu = "tf32" if precision == "tf32" else "ieee"
+        assert newer_flags()[:3] == [gpu] * 3, newer_flags()
+        assert newer_flags()[5:7] == [False, True]
+        if precision == "full":
+            assert newer_flags()[3:5] == ["ieee"] * 2, newer_flags()
+        assert (older() is None) == (before[1] is None)
+        raise KeyError
+    assert (newer_flags(), older()) == before, (newer_flags(), older(), before)
+"""
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, here.parent, here.parent.parent)))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-
-
-@pytest.fixture
-def _put_back():
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32
-    with cudnn.flags(cudnn.enabled, cudnn.benchmark, None, cudnn.deterministic, cudnn.allow_tf32):
-        yield
-    matmul.allow_tf32 = before
-
-
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("precision", ["full", "tf32", "bf16"])
-@pytest.mark.usefixtures("_put_back")
-def test_the_arithmetic_is_set_and_put_back(before, precision):
-    torch.backends.cuda.matmul.allow_tf32 = before
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = before
-    torch.backends.cudnn.deterministic = not before
-    outside = flags()
-    with arithmetic(precision):
-        assert flags() == (precision == "tf32", True, False, True, precision == "tf32")
-    assert flags() == outside
-
-    def fail():
-        with arithmetic(precision):
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert flags() == outside
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
@@ -555,3 +577,52 @@ def test_a_failure_in_a_cuda_graph_is_no_secret():
         solution = sample(model.cuda(), 2, solver=solver)[1]
         assert solution.status == [Status.CONVERGED, Status.NON_FINITE]
         assert solution.frontier.tolist() == [16, 6]
+
+
+# -- what a user may get wrong -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (SamplingOptions(temperature=0.0), "'sampling.temperature' must be"),
+        (SamplingOptions(precision="fp16"), "'sampling.precision' cannot be 'fp16'"),
+        (SamplingOptions(label=-1), "'sampling.label' must be"),
+        (SamplingOptions(coupling="gumble"), "Did you mean 'gumbel'?"),
+    ],
+)
+def test_options_made_in_python_are_checked_too(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        sample(pixelcnnpp((1, 4, 4), num_classes=2), 1, options=options)
+
+
+def test_a_network_of_too_many_outputs_is_refused():
+    class TooMany(torch.nn.Module):
+        def forward(self, x):
+            return torch.zeros(*x.shape, 5)
+
+    model = ConditionalModule(TooMany(), Categorical(4), (1, 2, 3))
+    wanted = re.escape("TooMany returned [samples, positions, parameters] = [2, 6, 5] for 2 samples")
+    for coupling in ("gumbel", "inverse_cdf"):
+        with pytest.raises(UserError, match=wanted):
+            sample(model, 2, options=SamplingOptions(coupling=coupling))
+    with pytest.raises(UserError, match=wanted):
+        model.log_likelihood(torch.zeros(2, 1, 2, 3, dtype=torch.uint8), torch.zeros(2, 1, 2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_network_with_the_older_kind_of_weight_normalisation():
+    class Older(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.utils.weight_norm(torch.nn.Linear(1, 4))
+
+        def forward(self, x):
+            return self.linear(torch.nn.functional.pad(x.float(), (1, 0))[:, :-1, None])
+
+    network = Older()
+    network(torch.zeros(1, 6, dtype=torch.int64)).sum().backward()  # its weight now has a history
+    model = ConditionalModule(network, Categorical(4), (1, 2, 3))
+    images, solution = sample(model, 3, solver="jacobi")
+    assert solution.certified.all()
+    assert torch.equal(images, sample(model, 3, solver="sequential")[0])

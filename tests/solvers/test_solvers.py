@@ -432,3 +432,29 @@ def test_a_system_without_sizes_refuses_a_relative_tolerance():
 
     with pytest.raises(UserError, match="no relative tolerance"):
         solve(Sizeless(chain()), Jacobi(), Stopping(relative_tolerance=0.1))
+
+
+def test_a_system_that_is_not_triangular_is_named():
+    system = FunctionSystem(torch.zeros(2, 4), lambda x: 1 - x)  # every equation reads itself
+    solution = solve(system, Jacobi(), certify=True)
+    assert solution.status == [Status.NOT_TRIANGULAR] * 2
+    assert not solution.certified.any()
+    short = solve(system, Jacobi(), Stopping(max_iterations=2))
+    assert short.status == [Status.ITERATION_LIMIT] * 2  # too early to tell
+
+
+def test_the_map_counts_on_where_the_certificate_repairs():
+    exact = chain(batch=2, length=5)
+
+    class Rough(FunctionSystem):
+        """A fast path that gets the last equation wrong."""
+
+        def reference(self):
+            return exact
+
+    rough = Rough(exact.guess, lambda x: exact.function(x) + torch.tensor([0, 0, 0, 0, 0.5]))
+    solution = solve(rough, Jacobi(), certify=True)
+    assert torch.equal(solution.value, by_hand(exact))
+    assert solution.certified.all()
+    assert solution.iterations.tolist() == [5, 5]
+    assert solution.final_iteration.tolist() == [[1, 2, 3, 4, 6]] * 2
