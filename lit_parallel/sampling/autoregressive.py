@@ -203,12 +203,15 @@ def arithmetic(precision: str) -> Iterator[None]:
     newer_before = [backend.fp32_precision for backend in newer]
     algorithms_before = cudnn.benchmark, cudnn.deterministic
     try:
-        for backend in newer:
-            backend.fp32_precision = "tf32" if tf32 and backend in newer[:3] else "ieee"
         if matmul_before is not None:
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        else:
+            newer[3].fp32_precision = "ieee"
         if cudnn_before is not None:
             cudnn.allow_tf32 = tf32
+        for backend in newer[:3]:
+            backend.fp32_precision = "tf32" if tf32 else "ieee"
+        newer[4].fp32_precision = "ieee"
         cudnn.benchmark, cudnn.deterministic = False, True
         yield
     finally:

@@ -219,4 +219,4 @@ def test_it_takes_as_many_passes_as_it_says():
     rows = []
     model.network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     check_causality(model, trials=3, batch_size=8)
-    assert rows == 3 * [8] * (1 + LENGTH // 8)
+    assert rows == 3 * [8] * (2 + LENGTH // 8)  # the input itself, twice, and the variants
