@@ -249,7 +249,7 @@ def _finite(value: Any) -> Any:
 def print_table(measurements: Sequence[Measurement], *, title: str) -> None:
     """Print one line per solver: iterations, work and time side by side, never mixed."""
     baselines = list(measurements[0].speedup)
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("solver", no_wrap=True)
     columns = ["iterations\nmean / max", "iteration\nspeedup", "work", "seconds"]
     columns += [f"speedup over\n{name.replace('_', ' ')}" for name in baselines]
@@ -272,6 +272,7 @@ def print_table(measurements: Sequence[Measurement], *, title: str) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
+    console.print(title, highlight=False)  # not as the table's title, which would be broken at the table's width
     console.print(table)
     if any(measurement.solution.certificate_iterations.any() for measurement in measurements):
         console.print("iterations: + those of the certificate; work: equations evaluated, relative to sequential")
