@@ -199,19 +199,21 @@ def arithmetic(precision: str) -> Iterator[None]:
     # answers, it is set too, since otherwise it would refuse afterwards (and torch.compile asks it).
     matmul_before = _unless_refused(torch.get_float32_matmul_precision)
     cudnn_before = _unless_refused(lambda: bool(cudnn.allow_tf32))
-    newer: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv]  # type: ignore[attr-defined]
-    newer_before = [backend.fp32_precision for backend in newer]
+    on_gpu: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]
+    on_gpu = [backend for backend in on_gpu if hasattr(backend, "fp32_precision")]  # torch 2.11: not of rnn
+    on_cpu: list[Any] = [mkldnn.matmul, mkldnn.conv]  # type: ignore[attr-defined]
+    newer_before = [backend.fp32_precision for backend in on_gpu + on_cpu]
     algorithms_before = cudnn.benchmark, cudnn.deterministic
     try:
         if matmul_before is not None:
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
         else:
-            newer[3].fp32_precision = "ieee"
+            on_cpu[0].fp32_precision = "ieee"
         if cudnn_before is not None:
             cudnn.allow_tf32 = tf32
-        for backend in newer[:3]:
+        for backend in on_gpu:
             backend.fp32_precision = "tf32" if tf32 else "ieee"
-        newer[4].fp32_precision = "ieee"
+        on_cpu[1].fp32_precision = "ieee"
         cudnn.benchmark, cudnn.deterministic = False, True
         yield
     finally:
@@ -220,7 +222,7 @@ def arithmetic(precision: str) -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul_before)
         if cudnn_before is not None:
             cudnn.allow_tf32 = cudnn_before
-        for backend, value in zip(newer, newer_before, strict=True):
+        for backend, value in zip(on_gpu + on_cpu, newer_before, strict=True):
             backend.fp32_precision = value
 
 
