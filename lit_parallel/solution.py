@@ -20,7 +20,7 @@ class Status(enum.Enum):
     ITERATION_LIMIT = "hit the iteration limit before every equation was final"
     NOT_TRIANGULAR = (
         "not settled after T iterations, which always suffice: some equation depends on itself or a later one, if only "
-        "by its rounding"
+        "by its rounding; for a network, lit_parallel.check_causality finds which"
     )
     NON_FINITE = "an equation whose inputs are all final has a value that is not finite"
 

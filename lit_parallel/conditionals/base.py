@@ -21,8 +21,8 @@ class Conditional(ABC):
 
     With its noise fixed, a sample is a function of the parameters: ``x_t = g(parameters_t, noise_t)``. The function is
     the *coupling*. All couplings of a conditional sample the same distribution (but for ``paper``, which leaves out
-    the rounding), and differ in how much a sample moves when the parameters do: that decides how fast parallel
-    iteration converges.
+    the rounding, and the clamping of logistic noise to 1e-5), and differ in how much a sample moves when the parameters
+    do: that decides how fast parallel iteration converges.
 
     Attributes:
         channels: Values per position, generated in order.
