@@ -26,6 +26,8 @@ def sample(config: Any) -> Any:
     from lit_parallel.config import to_container
     from lit_parallel.cublas import keep_sums_whole
     from lit_parallel.data.datasets import build_data
+    from lit_parallel.errors import UserError
+    from lit_parallel.modules.autoregressive import AutoregressiveModule
     from lit_parallel.report import print_table, write_results
     from lit_parallel.runs import new_run_folder, newest_checkpoint, run_folder_of
     from lit_parallel.sampling.given import load_given
@@ -40,6 +42,11 @@ def sample(config: Any) -> Any:
     check_trainer(config.trainer)
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.runs_folder)
     model = load(checkpoint)
+    if not isinstance(model, AutoregressiveModule):
+        raise UserError(
+            f"'{checkpoint}' holds a {type(model).__name__}, which draws no samples: name the checkpoint of a model of "
+            "images with --checkpoint."
+        )
     trained = saved_config(model)
     test_images = None
     if config.inpaint.images == "test":

@@ -44,6 +44,7 @@ def train(config: Any) -> TrainResult:
     from lit_parallel.checkpoint import build_model
     from lit_parallel.config import save_config, to_container
     from lit_parallel.data.datasets import build_data
+    from lit_parallel.modules.autoregressive import AutoregressiveModule
     from lit_parallel.runs import new_run_folder
     from lit_parallel.sampling.sampler import Sampler, What
     from lit_parallel.tracking import build_logger, finish, how_to_look
@@ -56,12 +57,12 @@ def train(config: Any) -> TrainResult:
     if getattr(rank_zero_only, "rank", 0) == 0:  # the others wait inside Lightning until the first has fetched files
         data.prepare_data()
         data.setup("fit")
-    model = build_model(config, data.image_shape)
+    model = build_model(config, data.sample_shape)
     model.check_data(data)
     model.compile_network = config.compile
-    if config.callbacks.sample_grid.enabled:
+    if isinstance(model, AutoregressiveModule) and config.callbacks.sample_grid.enabled:
         Sampler(model, config.solver, 1, What(config.seed, config.sampling))
-    build_training_callbacks(config, Path())
+    build_training_callbacks(config, Path(), model)
     folder = new_run_folder(config.runs_folder, config.experiment)
     logger = build_logger(
         config.wandb, folder, config=to_container(config), experiment=config.experiment, job_type="train"
@@ -69,7 +70,7 @@ def train(config: Any) -> TrainResult:
     try:
         trainer = build_trainer(
             config.trainer,
-            callbacks=build_training_callbacks(config, folder),
+            callbacks=build_training_callbacks(config, folder, model),
             logger=logger if logger is not None else False,
             default_root_dir=folder,
             enable_checkpointing=not config.trainer.fast_dev_run,
@@ -93,14 +94,18 @@ def train(config: Any) -> TrainResult:
 
 
 def _report(result: TrainResult, hints: list[str]) -> None:
-    for name in ("train/bits_per_dim", "val/bits_per_dim", "test/bits_per_dim"):
-        if name in result.metrics:
-            print(f"{name}: {result.metrics[name]:.3f}")
+    from lit_parallel.modules.autoregressive import AutoregressiveModule
+
+    for metric in result.model.metrics:
+        for name in (f"train/{metric}", f"val/{metric}", f"test/{metric}"):
+            if name in result.metrics:
+                print(f"{name}: {result.metrics[name]:.3f}")
     if any(not math.isfinite(value) for value in result.metrics.values()):
         print("training diverged: its values are not finite; train again with a smaller optimizer.lr")
     elif result.checkpoint is not None:
         print(f"checkpoint: {result.checkpoint}")
-        print(f"sample it:  python sample.py --checkpoint {result.checkpoint}")
+        if isinstance(result.model, AutoregressiveModule):
+            print(f"sample it:  python sample.py --checkpoint {result.checkpoint}")
     for line in hints:
         print(line)
 

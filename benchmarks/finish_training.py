@@ -89,7 +89,7 @@ def main() -> None:
         config.data.folder = args.folder
     data = build_data(config.data, config.seed)
     data.setup()
-    steps = finish(model, data.train_dataloader().dataset.images, args)  # type: ignore[attr-defined]
+    steps = finish(model, data.train_dataloader().dataset.images, args)
     model.eval()
     test = data.test_images()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import (
@@ -16,18 +17,25 @@ from torch import Tensor
 from callbacks.sample_grid import SampleGrid
 from lit_parallel.config import TrainConfig
 from lit_parallel.errors import UserError
+from lit_parallel.modules.autoregressive import AutoregressiveModule
+from lit_parallel.modules.base import TrainableModule
+from lit_parallel.options import fields_of, join_key
 
 
-def build_training_callbacks(config: TrainConfig, folder: Path) -> list[pl.Callback]:
+def build_training_callbacks(config: TrainConfig, folder: Path, model: TrainableModule) -> list[pl.Callback]:
     """Checkpoints (last and best), sample grid, weight average, early stopping, learning rate, progress bar.
 
     Args:
         config: The resolved config.
         folder: The run folder.
+        model: What is trained; a sample grid is drawn only of what can be sampled.
+
+    Raises:
+        UserError: If there are options for what cannot be done with this model or these data.
     """
     options = config.callbacks
     validates = config.data.validation_fraction > 0 and config.trainer.limit_val_batches != 0
-    monitor = "val/bits_per_dim" if validates else None
+    monitor = model.monitor if validates else None
     callbacks: list[pl.Callback] = []
     if not config.trainer.fast_dev_run:  # the weights of a trial are not to be sampled by mistake
         callbacks.append(
@@ -40,7 +48,10 @@ def build_training_callbacks(config: TrainConfig, folder: Path) -> list[pl.Callb
                 enable_version_counter=False,
             )
         )
-    if options.sample_grid.enabled:
+    is_sampled = isinstance(model, AutoregressiveModule)
+    if not is_sampled:
+        _refuse_sampling_options(config)
+    if is_sampled and options.sample_grid.enabled:
         callbacks.append(
             SampleGrid(
                 config.solver,
@@ -55,13 +66,28 @@ def build_training_callbacks(config: TrainConfig, folder: Path) -> list[pl.Callb
         callbacks.append(WeightAveraging(avg_fn=_moving_average(options.ema.decay), use_buffers=False))
     if options.early_stopping.enabled:
         if monitor is None:
-            raise UserError("callbacks.early_stopping needs validation images: set data.validation_fraction=0.1.")
+            raise UserError("callbacks.early_stopping needs validation data: set data.validation_fraction=0.1.")
         callbacks.append(EarlyStopping(monitor=monitor, patience=options.early_stopping.patience))
     if config.wandb.mode != "disabled":
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if config.trainer.enable_progress_bar is not False:
         callbacks.append(RichProgressBar(leave=False))
     return callbacks
+
+
+def _refuse_sampling_options(config: TrainConfig) -> None:
+    """Raise a `UserError` about the first option that would be without effect on a model that is not sampled."""
+    groups: dict[str, Any] = {"solver": config.solver, "sampling": config.sampling}
+    if config.callbacks.sample_grid.enabled:
+        groups["callbacks.sample_grid"] = config.callbacks.sample_grid
+    for key, options in groups.items():
+        default = type(options)()
+        for name in fields_of(options):
+            if getattr(options, name) != getattr(default, name):
+                raise UserError(
+                    f"Option '{join_key(key, name)}' says how samples are drawn, and a model with "
+                    f"model.task={config.model.task} draws none: leave it out."
+                )
 
 
 def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,39 @@ import torch
 
 from lit_parallel.config import TrainConfig, from_container, to_container
 from lit_parallel.errors import UserError
-from lit_parallel.modules.autoregressive import AutoregressiveModule
+from lit_parallel.modules.base import TrainableModule
 from lit_parallel.modules.made import MadeModule
 from lit_parallel.modules.pixelcnnpp import PixelCNNppModule
+from lit_parallel.modules.sequence import build_sequence_module
 
-_MODULES: dict[str, type[AutoregressiveModule]] = {"made": MadeModule, "pixelcnnpp": PixelCNNppModule}
+_MODULES: dict[str, Callable[..., TrainableModule]] = {
+    "made": MadeModule,
+    "pixelcnnpp": PixelCNNppModule,
+    "rnn": build_sequence_module,
+}
 
 
-def build_model(config: TrainConfig, image_shape: tuple[int, int, int]) -> AutoregressiveModule:
+def build_model(config: TrainConfig, sample_shape: tuple[int, ...]) -> TrainableModule:
     """Make the model that a config describes, with fresh weights.
 
     Args:
         config: The resolved config; the checkpoint will hold it as plain containers.
-        image_shape: Channels, height, width of the data.
+        sample_shape: Shape of one sample of the data: channels, height, width of images.
+
+    Raises:
+        UserError: If there is no such model, or it does not fit the data.
     """
-    build: Any = _MODULES[config.model.name]
-    return build(config.model, image_shape, config.optimizer, to_container(config))
+    if len(sample_shape) != 3 and config.model.name != "rnn":
+        raise UserError(
+            f"model.name={config.model.name} is a model of images, and data.name={config.data.name} has none: set "
+            "data.name=mnist5k, or model.name=rnn."
+        )
+    build = _MODULES[config.model.name]
+    return build(config.model, sample_shape, config.optimizer, to_container(config))
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> AutoregressiveModule:
-    """Load a model from a checkpoint alone, ready to be sampled.
+def load(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """Load a model from a checkpoint alone, ready to be used: sampled, if it is one of images.
 
     Args:
         path: A checkpoint that ``train.py`` wrote. It is read with ``weights_only=True``: nothing in it is executed.
@@ -46,7 +60,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Autoregressive
         raise UserError(f"'{path}' is not a checkpoint of this project: it holds no config. Make one with train.py.")
     try:
         config = from_container(TrainConfig, saved["config"])
-        model = build_model(config, tuple(saved["image_shape"]))
+        shape = saved["sample_shape"] if "sample_shape" in saved else saved["image_shape"]  # the older name
+        model = build_model(config, tuple(shape))
         model.load_state_dict(content["state_dict"])
     except (UserError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
@@ -62,7 +77,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Autoregressive
     return model.eval().to(device)
 
 
-def as_checkpoint(model: AutoregressiveModule) -> dict[str, Any]:
+def as_checkpoint(model: TrainableModule) -> dict[str, Any]:
     """What a checkpoint of a model holds when it was not Lightning that wrote it; :func:`load` opens it."""
     return {
         "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
@@ -71,7 +86,7 @@ def as_checkpoint(model: AutoregressiveModule) -> dict[str, Any]:
     }
 
 
-def saved_config(model: AutoregressiveModule) -> TrainConfig:
+def saved_config(model: TrainableModule) -> TrainConfig:
     """The config that a loaded model was trained with."""
     return from_container(TrainConfig, model.hparams["config"])
 

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lit_parallel.data.options import DataOptions
+from lit_parallel.data.options import DATA_OPTIONS, DataOptions
 from lit_parallel.errors import UserError, did_you_mean, first_line
 from lit_parallel.modules.options import MODEL_OPTIONS, MadeOptions, OptimizerOptions
 from lit_parallel.options import (
@@ -158,8 +158,9 @@ class TrainConfig:
     runs_folder: str = option("runs", "folder in which every run gets a folder of its own", non_empty=True)
     # One of MODEL_OPTIONS, as model.name says.
     model: Any = group(MadeOptions, "the network", kinds=MODEL_OPTIONS)
-    data: DataOptions = group(DataOptions, "the images")
-    optimizer: OptimizerOptions = group(OptimizerOptions, "AdamW and its learning rate")
+    # One of DATA_OPTIONS, as data.name says.
+    data: Any = group(DataOptions, "images, or sequences of numbers", kinds=DATA_OPTIONS)
+    optimizer: OptimizerOptions = group(OptimizerOptions, "AdamW or SGD, and the learning rate")
     compile: bool = option(False, "compile the network for training (torch.compile); the first steps take longer")
     solver: SolverOptions = group(SolverOptions, "how samples are drawn while training")
     sampling: SamplingOptions = group(SamplingOptions, "what is drawn while training: coupling, temperature")

@@ -88,12 +88,12 @@ def test_help_all_lists_every_option(capsys, schema):
 
 def test_help_on_a_group_gives_default_type_range_and_explanation(capsys):
     text = help_text(capsys, "--help", "optimizer")
-    assert text.splitlines()[0] == "optimizer: AdamW with linear warm-up and cosine decay."
+    assert text.splitlines()[0] == "optimizer: AdamW or SGD with linear warm-up and cosine decay."
     (line,) = [line for line in text.splitlines() if "optimizer.lr " in line]
     assert line.split(maxsplit=2)[:2] == ["optimizer.lr", "0.001"]
     assert "highest learning rate [number > 0]" in line
     starts = {
-        line.index(word) for line, word in zip(text.splitlines()[1:4], ("expl", "highest", "decoupled"), strict=True)
+        line.index(word) for line, word in zip(text.splitlines()[1:4], ("expl", "the method", "highest"), strict=True)
     }
     assert len(starts) == 1, "columns are aligned"
     assert "solver." not in text

@@ -341,7 +341,7 @@ def test_an_option_of_another_solver(checkpoint):
     [
         (["optimizer.lrr=1"], "Did you mean 'lr'?"),
         (["experiment=../elsewhere"], "plain name"),
-        (["callbacks.early_stopping.enabled=true", "data.validation_fraction=0"], "needs validation images"),
+        (["callbacks.early_stopping.enabled=true", "data.validation_fraction=0"], "needs validation data"),
         (["trainer.limit_train_batches=1.5"], "Lightning's Trainer refuses"),
         (["--config", "configs/made_mnist5.yaml"], "Did you mean"),
         (["data.name=mnist", "data.download=false", "data.folder=nowhere"], "nowhere"),

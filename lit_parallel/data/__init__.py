@@ -1,1 +1,1 @@
-"""Image datasets as LightningDataModules."""
+"""Datasets of images and sequences as LightningDataModules."""

@@ -1,24 +1,31 @@
 """The datasets by name."""
 
+from typing import overload
+
+from lit_parallel.data.adding import AddingData
 from lit_parallel.data.cifar10 import Cifar10Data
 from lit_parallel.data.image_data import ImageData
+from lit_parallel.data.in_memory import InMemoryData
 from lit_parallel.data.mnist import MnistData
 from lit_parallel.data.mnist5k import Mnist5kData
-from lit_parallel.data.options import DataOptions
+from lit_parallel.data.options import DataOptions, LoaderOptions
 from lit_parallel.data.photos32 import Photos32Data
 from lit_parallel.errors import UserError, did_you_mean
 
-DATASETS: dict[str, type[ImageData]] = {
-    dataset.name: dataset for dataset in (Mnist5kData, MnistData, Cifar10Data, Photos32Data)
-}
+_KINDS: tuple[type[InMemoryData], ...] = (Mnist5kData, MnistData, Cifar10Data, Photos32Data, AddingData)
+DATASETS: dict[str, type[InMemoryData]] = {kind.name: kind for kind in _KINDS}
 
 
-def build_data(options: DataOptions, seed: int) -> ImageData:
+@overload
+def build_data(options: DataOptions, seed: int) -> ImageData: ...
+@overload
+def build_data(options: LoaderOptions, seed: int) -> InMemoryData: ...
+def build_data(options: LoaderOptions, seed: int) -> InMemoryData:
     """Return the dataset of a config.
 
     Args:
         options: What stands under ``data`` in a config.
-        seed: Chooses the validation images and the order of training; not negative.
+        seed: Chooses the validation samples and the order of training; not negative.
 
     Raises:
         UserError: If there is no dataset of that name.

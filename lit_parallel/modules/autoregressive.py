@@ -6,19 +6,18 @@ import math
 from abc import abstractmethod
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lit_parallel.errors import UserError
 from lit_parallel.metrics import BitsPerDimension
+from lit_parallel.modules.base import TrainableModule
 from lit_parallel.modules.options import OptimizerOptions
 from lit_parallel.sampling.autoregressive import Given
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.systems import TriangularSystem
 
 
-class AutoregressiveModule(pl.LightningModule):
+class AutoregressiveModule(TrainableModule):
     """Base of the models that can be trained here and sampled by any solver.
 
     Args:
@@ -27,30 +26,22 @@ class AutoregressiveModule(pl.LightningModule):
         config: The resolved config as plain containers; stored in checkpoints, so that these suffice for sampling.
 
     Attributes:
-        network: What is trained.
-        compile_network: Compile the network for training with ``torch.compile``; evaluation and sampling stay plain.
         incremental: Whether there is an evaluation from caches, and with it cached sequential sampling.
         num_classes: Number of labels that condition the model, or ``None``.
     """
 
-    network: torch.nn.Module
-    compile_network: bool = False
+    metrics = ("bits_per_dim",)
     incremental: bool = False
-    num_classes: int | None = None
 
     def __init__(
         self, image_shape: tuple[int, int, int], optimizer: OptimizerOptions, config: dict[str, Any] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(image_shape, optimizer, config)
         channels, height, width = image_shape
         self.image_shape = (channels, height, width)
         self.length = math.prod(image_shape)
-        self.optimizer_options = optimizer
-        # Plain containers only: torch.load(weights_only=True) refuses anything else.
-        self.hparams.update({"config": config, "image_shape": list(image_shape)})
         self.validation_bits = BitsPerDimension()
         self.test_bits = BitsPerDimension()
-        self._compiled: Any = None
 
     # -- what a model must say ----------------------------------------------------------------------------------
 
@@ -94,25 +85,6 @@ class AutoregressiveModule(pl.LightningModule):
 
     # -- training -----------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        self.check_data(getattr(self.trainer, "datamodule", None))
-
-    def check_data(self, data: Any) -> None:
-        """Raise a `UserError` if a data module has labels that the model does not know."""
-        known = getattr(data, "num_classes", 0)
-        if self.num_classes is not None and known > self.num_classes:
-            raise UserError(f"the data have {known} classes: set model.num_classes={known}, not {self.num_classes}.")
-
-    def on_fit_start(self) -> None:
-        if self.compile_network:
-            # Of the method, not the module: the state dict stays as it is.
-            self._compiled = torch.compile(self.network.forward)
-
-    @property
-    def network_in_use(self) -> Any:
-        """The network, or for training its compiled form, if one was asked for."""
-        return self._compiled if self.training and self._compiled is not None else self.network
-
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         images = batch[0]
         noise = torch.rand(images.shape, device=images.device)
@@ -137,28 +109,3 @@ class AutoregressiveModule(pl.LightningModule):
 
     def _labels(self, batch: Any) -> Tensor | None:
         return batch[1] if self.num_classes is not None else None
-
-    def configure_optimizers(self) -> Any:
-        options = self.optimizer_options
-        optimizer = torch.optim.AdamW(
-            self.parameters(),
-            lr=options.lr,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-        )
-        steps = float(self.trainer.estimated_stepping_batches)
-        # Without an end there is no schedule to fit in: a short warm-up, then the highest rate.
-        total = max(int(steps), 1) if math.isfinite(steps) else None
-        warmup = max(int(options.warmup_fraction * (total or 5000)), 1)
-        final = options.final_lr_fraction
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            if total is None:
-                return 1.0
-            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from lit_parallel.options import MAX_SEED, option
 
+TASKS = ("next_pixel", "classification", "regression")
+CELLS = ("softplus", "rnn", "rnn_relu", "gru", "lstm")
+
 
 @dataclass
 class MadeOptions:
@@ -33,16 +36,34 @@ class PixelCNNppOptions:
     initial_images: int = option(100, "training images from which the weights are initialised", minimum=1)
 
 
-MODEL_OPTIONS: dict[str, type] = {"made": MadeOptions, "pixelcnnpp": PixelCNNppOptions}
+@dataclass
+class RnnOptions:
+    """A recurrent network that predicts pixels, or answers when it has read a sequence."""
+
+    name: str = option("rnn", "the kind of model", choices=("rnn",))
+    task: str = option("next_pixel", "next_pixel and classification of images; regression of sequences", choices=TASKS)
+    cell: str = option("lstm", "what is computed at every time step", choices=CELLS)
+    hidden_size: int = option(128, "numbers in a hidden state", minimum=1)
+    layers: int = option(1, "recurrent layers, one upon the other", minimum=1)
+    dropout: float = option(0.0, "part of the states between layers that training leaves out", minimum=0, below=1)
+    bidirectional: bool = option(False, "read the sequence from both ends")
+    forget_bias: float | None = option(
+        None, "lstm, gru: first bias of the gate that keeps the state; b keeps it about e^b steps (null: PyTorch's)"
+    )
+    num_classes: int | None = option(None, "classification: labels (null: 10)", minimum=1)
+
+
+MODEL_OPTIONS: dict[str, type] = {"made": MadeOptions, "pixelcnnpp": PixelCNNppOptions, "rnn": RnnOptions}
 
 
 @dataclass
 class OptimizerOptions:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW or SGD with linear warm-up and cosine decay."""
 
+    name: str = option("adamw", "the method; sgd is without momentum", choices=("adamw", "sgd"))
     lr: float = option(1e-3, "highest learning rate", above=0)
     weight_decay: float = option(1e-4, "decoupled weight decay", minimum=0)
-    beta1: float = option(0.9, "decay of the gradient's running mean", minimum=0, below=1)
-    beta2: float = option(0.999, "decay of the squared gradient's running mean", minimum=0, below=1)
+    beta1: float = option(0.9, "adamw: decay of the gradient's running mean", minimum=0, below=1)
+    beta2: float = option(0.999, "adamw: decay of the squared gradient's running mean", minimum=0, below=1)
     warmup_fraction: float = option(0.02, "part of all steps over which the learning rate rises", minimum=0, maximum=1)
     final_lr_fraction: float = option(0.01, "learning rate at the end, relative to the highest", minimum=0, maximum=1)

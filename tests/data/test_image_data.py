@@ -8,7 +8,7 @@ import torch
 
 from lit_parallel.data.datasets import DATASETS, build_data
 from lit_parallel.data.image_data import ImageData, ImageSet
-from lit_parallel.data.options import DATASET_NAMES, DataOptions
+from lit_parallel.data.options import DATA_OPTIONS, DataOptions
 from lit_parallel.errors import UserError
 
 
@@ -161,9 +161,9 @@ def test_trainer_runs_without_a_warning(validation_fraction, monkeypatch):
 
 
 def test_every_name_of_the_options_has_its_class():
-    assert set(DATASETS) == set(DATASET_NAMES)
-    for name in DATASET_NAMES:
-        assert isinstance(build_data(DataOptions(name=name), seed=0), DATASETS[name])
+    assert set(DATASETS) == set(DATA_OPTIONS)
+    for name, options in DATA_OPTIONS.items():
+        assert isinstance(build_data(options(name=name), seed=0), DATASETS[name])
 
 
 def test_unknown_name_suggests_the_near_one():

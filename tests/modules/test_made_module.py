@@ -183,7 +183,7 @@ def test_a_checkpoint_reloads_without_running_code_from_it(tmp_path):
     fit(tmp_path, model, epochs=2, callbacks=[best])
     for name in ("best", "last"):
         checkpoint = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
-        assert checkpoint["hyper_parameters"] == {"config": config, "image_shape": [1, 3, 4]}
+        assert checkpoint["hyper_parameters"] == {"config": config, "sample_shape": [1, 3, 4]}
     fresh = made_module(order="random", degrees="random", num_masks=2, mask_seed=77)
     fresh.load_state_dict(checkpoint["state_dict"])
     model.network.use_mask(0)

@@ -1,0 +1,250 @@
+"""Recurrent networks as LightningModules: predicting pixels, and answering when a sequence has been read."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torchmetrics import MeanMetric
+
+from lit_parallel.conditionals import Categorical
+from lit_parallel.errors import UserError
+from lit_parallel.modules.base import TrainableModule
+from lit_parallel.modules.conditional import ConditionalModule
+from lit_parallel.modules.options import OptimizerOptions, RnnOptions
+from lit_parallel.networks.rnn import LastState, NextLevel, Recurrence, build_recurrence
+from lit_parallel.sampling.positions import Positions
+
+
+class NextPixelModule(ConditionalModule):
+    """Predicts every 8-bit pixel from those before it by a categorical distribution (Song et al., 2021, section 4.1).
+
+    The loss is the mean cross-entropy per pixel, in nats. It is an autoregressive model of images like the others, and
+    can be sampled like them. Of a colour image, the channels of a pixel follow one another.
+
+    Args:
+        options: Architecture.
+        sample_shape: Channels, height, width.
+        optimizer: Optimiser and schedule.
+        config: The resolved config as plain containers, kept in the checkpoint.
+    """
+
+    network: NextLevel
+
+    def __init__(
+        self,
+        options: RnnOptions,
+        sample_shape: Sequence[int],
+        optimizer: OptimizerOptions | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        channels, height, width = _image_shape(options, sample_shape)
+        if options.bidirectional:
+            raise UserError("model.bidirectional would show the network what it is to predict: set it to false.")
+        conditional = Categorical()
+        network = NextLevel(_recurrence(options, 1), conditional.levels)
+        super().__init__(network, conditional, (channels, height, width), optimizer, config)
+        self.options = options
+
+
+class SequenceModule(TrainableModule):
+    """Base of the models that read a sequence and answer from the last hidden state.
+
+    Args:
+        options: Architecture.
+        sample_shape: Shape of one sample of the data.
+        input_size: Features of the input at a time step.
+        outputs: Numbers in an answer.
+        optimizer: Optimiser and schedule.
+        config: The resolved config as plain containers, kept in the checkpoint.
+    """
+
+    network: LastState
+
+    def __init__(
+        self,
+        options: RnnOptions,
+        sample_shape: Sequence[int],
+        input_size: int,
+        outputs: int,
+        optimizer: OptimizerOptions | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(sample_shape, optimizer or OptimizerOptions(), config)
+        self.options = options
+        self.network = LastState(_recurrence(options, input_size), outputs)
+        self.validation_means = nn.ModuleDict({name: MeanMetric() for name in self.metrics})
+        self.test_means = nn.ModuleDict({name: MeanMetric() for name in self.metrics})
+
+    @abstractmethod
+    def sequences(self, samples: Tensor) -> Tensor:
+        """What the network reads, ``[batch, time, input]``, from the first part of a batch."""
+
+    @abstractmethod
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Each of :attr:`metrics` that can be told, of every sample, ``[batch]``; ``loss`` is what training lowers.
+
+        Args:
+            answers: ``[batch, outputs]``, float32 or float64.
+            targets: ``[batch]``.
+        """
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Answers ``[batch, outputs]`` to the first part of a batch; never in half precision."""
+        answers = self.network_in_use(self.sequences(samples))
+        return answers.to(torch.promote_types(answers.dtype, torch.float32))
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        means = {name: values.mean() for name, values in self.measure(self(batch[0]), batch[1]).items()}
+        self.log_dict({f"train/{name}": mean.detach() for name, mean in means.items()}, prog_bar=True)
+        return means["loss"]
+
+    def on_validation_epoch_start(self) -> None:
+        _reset(self.validation_means)
+
+    def on_test_epoch_start(self) -> None:
+        _reset(self.test_means)
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        self._evaluate(batch, self.validation_means, "val")
+
+    def test_step(self, batch: Any, batch_index: int) -> None:
+        self._evaluate(batch, self.test_means, "test")
+
+    def _evaluate(self, batch: Any, means: nn.ModuleDict, part: str) -> None:
+        for name, values in self.measure(self(batch[0]), batch[1]).items():
+            mean: Any = means[name]
+            mean.update(values)
+            self.log(f"{part}/{name}", mean, prog_bar=True, batch_size=len(values))
+
+
+class ClassificationModule(SequenceModule):
+    """Tells the class of an image that it reads pixel by pixel, rows from the top, all channels of a pixel at once.
+
+    Args:
+        options: Architecture.
+        sample_shape: Channels, height, width.
+        optimizer: Optimiser and schedule.
+        config: The resolved config as plain containers, kept in the checkpoint.
+    """
+
+    metrics = ("loss", "accuracy")
+
+    def __init__(
+        self,
+        options: RnnOptions,
+        sample_shape: Sequence[int],
+        optimizer: OptimizerOptions | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        channels, height, width = _image_shape(options, sample_shape)
+        num_classes = 10 if options.num_classes is None else options.num_classes
+        super().__init__(options, sample_shape, channels, num_classes, optimizer, config)
+        self.positions = Positions((channels, height, width), channels)
+        self.num_classes = num_classes
+
+    def sequences(self, samples: Tensor) -> Tensor:
+        """Pixels in [0, 1], ``[batch, time, channels]``, from images ``[batch, channels, height, width]``, uint8."""
+        return self.positions.from_images(samples).to(self.network.output.weight.dtype) / 255
+
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {
+            "loss": F.cross_entropy(answers, targets, reduction="none"),
+            "accuracy": (answers.argmax(dim=1) == targets).to(answers.dtype),
+        }
+
+
+class RegressionModule(SequenceModule):
+    """Tells a number about a sequence of numbers; the loss is the squared error.
+
+    Where the data say how large the error of always answering the mean is (``target_variance``), ``relative_error`` is
+    the error relative to it.
+
+    Args:
+        options: Architecture.
+        sample_shape: Time, features.
+        optimizer: Optimiser and schedule.
+        config: The resolved config as plain containers, kept in the checkpoint.
+    """
+
+    metrics = ("loss", "relative_error")
+    target_variance: float | None = None
+
+    def __init__(
+        self,
+        options: RnnOptions,
+        sample_shape: Sequence[int],
+        optimizer: OptimizerOptions | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        if len(sample_shape) != 2:
+            raise UserError(
+                "model.task=regression needs sequences of numbers, and the data are images: set data.name=adding, or "
+                "model.task=classification."
+            )
+        super().__init__(options, sample_shape, sample_shape[1], 1, optimizer, config)
+
+    def check_data(self, data: Any) -> None:
+        super().check_data(data)
+        self.target_variance = getattr(data, "target_variance", None)
+
+    def sequences(self, samples: Tensor) -> Tensor:
+        """The numbers, ``[batch, time, features]``."""
+        return samples
+
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        errors = (answers[:, 0] - targets).square()
+        if self.target_variance is None:
+            return {"loss": errors}
+        return {"loss": errors, "relative_error": errors.detach() / self.target_variance}
+
+
+_TASKS: dict[str, Any] = {
+    "next_pixel": NextPixelModule,
+    "classification": ClassificationModule,
+    "regression": RegressionModule,
+}
+
+
+def build_sequence_module(
+    options: RnnOptions, sample_shape: Sequence[int], optimizer: OptimizerOptions, config: dict[str, Any] | None = None
+) -> NextPixelModule | SequenceModule:
+    """The module for ``model.task``.
+
+    Raises:
+        UserError: If the task does not fit the data, or there is no such network.
+    """
+    if options.num_classes is not None and options.task != "classification":
+        raise UserError("model.num_classes belongs to model.task=classification: leave it out.")
+    return _TASKS[options.task](options, sample_shape, optimizer, config)
+
+
+def _reset(means: nn.ModuleDict) -> None:
+    """Begin anew: a MeanMetric adds in place, and cannot to what inference mode has made (validate, then fit)."""
+    for mean in means.values():
+        mean.reset()  # type: ignore[operator]
+
+
+def _recurrence(options: RnnOptions, input_size: int) -> nn.RNNBase | Recurrence:
+    return build_recurrence(
+        options.cell,
+        input_size,
+        options.hidden_size,
+        layers=options.layers,
+        dropout=options.dropout,
+        bidirectional=options.bidirectional,
+        forget_bias=options.forget_bias,
+    )
+
+
+def _image_shape(options: RnnOptions, sample_shape: Sequence[int]) -> Sequence[int]:
+    if len(sample_shape) != 3:
+        raise UserError(
+            f"model.task={options.task} needs images, and the data are sequences of numbers: set data.name=mnist5k, or "
+            "model.task=regression."
+        )
+    return sample_shape

@@ -1,0 +1,334 @@
+"""How one layer's backward passes are solved: chooses, adapts from step to step, compares, and keeps a record."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_parallel.recurrent.chain import Chain
+from lit_parallel.recurrent.coarse import next_basis
+from lit_parallel.recurrent.layers import BackwardPass
+from lit_parallel.recurrent.options import RecurrentOptions
+from lit_parallel.recurrent.solve import Gain, Outcome, Plan, measure_gain, solve_chain
+from lit_parallel.recurrent.stopwatch import Stopwatch, synchronize
+
+logger = logging.getLogger(__name__)
+
+_GAIN_EVERY = 50  # backward passes between two measurements of how errors grow
+_GUESSED_HALO = 32  # fresh weights forget within so many steps
+_AIM = 0.2  # part of the tolerance that halos are chosen for
+_REPEATS = 3
+_GOOD_REDUCTION = 0.02  # of the error per sweep; a basis that does so is kept
+
+Shape = tuple[int, int, str, torch.dtype]  # time, batch, device, dtype
+
+
+@dataclass
+class BackwardRecord:
+    """What the newest backward pass of a layer took, and the newest comparison with the ordinary one.
+
+    Attributes:
+        solver: What solved it.
+        iterations: Parallel iterations: steps that were walked one after another, of ``length``.
+        length: Steps of the sequence.
+        sweeps: Walks over all blocks.
+        residual: Mismatch at the borders, relative to the gradient.
+        error: The residual times the measured amplification: the estimated relative error of the gradient.
+        block, halo, rank: Of the blocks.
+        forward_ms, backward_ms: Milliseconds of this layer's passes; None if not known yet.
+        probe_error: Relative difference of the parameters' gradients from the ordinary backward pass.
+        probe_speedup: Wall-clock time of the ordinary backward pass over that of the parallel one.
+        step_speedup: The same, forward passes included.
+    """
+
+    solver: str
+    length: int
+    iterations: int = 0
+    sweeps: int = 0
+    residual: float = math.nan
+    error: float = math.nan
+    block: int = 0
+    halo: int = 0
+    rank: int = 0
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    probe_error: float | None = None
+    probe_speedup: float | None = None
+    step_speedup: float | None = None
+
+
+@dataclass
+class _Tuned:
+    """What was learnt about one shape of input."""
+
+    solver: str
+    plans: dict[str, Plan] = field(default_factory=dict)
+    gains: dict[str, Gain] = field(default_factory=dict)
+    ages: dict[str, int] = field(default_factory=dict)
+    basis: Tensor | None = None
+    calls: int = 0
+    sweeps_at_probe: int = 1
+    ordinary_seconds: float = math.nan
+    parallel_seconds: float = math.nan
+    outcome: Outcome | None = None
+
+
+class Controller:
+    """Solves the chains of one layer in one direction.
+
+    Args:
+        name: Of the layer, for messages.
+        options: What the user asked for.
+    """
+
+    def __init__(self, name: str, options: RecurrentOptions) -> None:
+        self.name, self.options = name, options
+        self.record: BackwardRecord | None = None
+        self._tuned: dict[Shape, _Tuned] = {}
+        self._watches: dict[str, Stopwatch] = {}
+        self._probe: tuple[float, float, float] | None = None
+
+    @contextlib.contextmanager
+    def timed(self, phase: str, device: torch.device) -> Iterator[None]:
+        """Time a pass."""
+        watch = Stopwatch(device)
+        watch.start()
+        yield
+        watch.stop()
+        self._watches[phase] = watch
+
+    def refresh(self) -> BackwardRecord | None:
+        """The record, with the times that the device knows by now."""
+        if self.record is not None:
+            for phase, watch in self._watches.items():
+                milliseconds = watch.milliseconds()
+                if milliseconds is not None:
+                    setattr(self.record, f"{phase}_ms", milliseconds)
+        return self.record
+
+    def slower(self, shape: Shape) -> bool | None:
+        """Whether the ordinary way is faster, forward pass included; None if that was not measured."""
+        tuned = self._tuned.get(shape)
+        if tuned is None or math.isnan(tuned.ordinary_seconds):
+            return None
+        return tuned.ordinary_seconds < tuned.parallel_seconds
+
+    def seconds(self, shape: Shape) -> tuple[float, float]:
+        """Measured time of the ordinary and of the parallel way, forward passes included."""
+        tuned = self._tuned[shape]
+        return tuned.ordinary_seconds, tuned.parallel_seconds
+
+    def backward(self, task: BackwardPass) -> tuple[Tensor | None, ...]:
+        """All gradients of a layer."""
+        shape = shape_of(task.input)
+        known = self._tuned.get(shape)
+        tuned = self._tuned[shape] = known or _Tuned(self.options.solver)
+        auto = self.options.solver == "auto"
+
+        def run() -> tuple[Tensor | None, ...]:
+            return task.gradients(lambda *arguments: self._solve(tuned, *arguments))
+
+        if auto and known is None:
+            self._choose(tuned, run, task.input)
+        with self.timed("backward", task.input.device):
+            grads = run()
+        tuned.calls += 1
+        outcome, every = tuned.outcome, self.options.probe_every
+        assert outcome is not None
+        harder = auto and outcome.sweeps > 2 * tuned.sweeps_at_probe
+        if harder and known is not None:
+            self._choose(tuned, run, task.input)
+        if harder or (known is None and (auto or every)) or (every and tuned.calls % every == 0):
+            self._compare(tuned, run, task, grads)
+            tuned.sweeps_at_probe = outcome.sweeps
+        self._note(tuned, len(task.input))
+        return grads
+
+    def _note(self, tuned: _Tuned, length: int) -> None:
+        outcome, plan = tuned.outcome, tuned.plans[tuned.solver]
+        assert outcome is not None
+        self.record = BackwardRecord(
+            "sequential" if outcome.sequential else tuned.solver,
+            length,
+            outcome.iterations,
+            outcome.sweeps,
+            outcome.residual,
+            outcome.error,
+            outcome.block,
+            outcome.halo,
+            outcome.rank,
+        )
+        if plan.tolerance is None:
+            self.record.residual = self.record.error = math.nan
+        if self._probe is not None:
+            self.record.probe_error, self.record.probe_speedup, self.record.step_speedup = self._probe
+
+    def _solve(self, tuned: _Tuned, chain: Chain, into: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+        """Solve a chain by the chosen solver and learn from how it went."""
+        solver = tuned.solver
+        plan = tuned.plans.get(solver)
+        if plan is None:
+            plan = tuned.plans[solver] = self._first_plan(solver, chain)
+        checked = plan.tolerance is not None and plan.rank == 0 and plan.block < chain.length
+        if checked and tuned.ages.get(solver, _GAIN_EVERY) >= _GAIN_EVERY:
+            new = solver not in tuned.gains
+            tuned.gains[solver], tuned.ages[solver] = measure_gain(chain, plan), 0
+            if new:
+                self._first_halo(plan, tuned.gains[solver], chain)
+        tuned.ages[solver] = tuned.ages.get(solver, 0) + 1
+        basis = tuned.basis if plan.rank else None
+        outcome = solve_chain(chain, plan, tuned.gains.get(solver), into, basis, meanwhile)
+        if outcome.sweeps > 1:
+            meanwhile()
+        tuned.outcome = outcome
+        if plan.tolerance is not None:
+            if plan.rank:
+                self._adapt_rank(tuned, plan, outcome, chain)
+            elif solver in tuned.gains:
+                adapt_halo(plan, outcome, tuned.gains[solver], chain.length)
+        return outcome.initial
+
+    def _first_plan(self, solver: str, chain: Chain) -> Plan:
+        options, length = self.options, chain.length
+        tolerance = options.tolerance or (1e-10 if chain.last.dtype == torch.float64 else 1e-6)
+        iterations = options.iterations
+        checked = None if iterations is not None else tolerance
+        if solver == "two_level":
+            block = options.block_size or min(max(round(math.sqrt(length)), 16), 128)
+            rank = min(options.rank or 32, chain.state_size)
+            return Plan(min(block, length), 0, rank, tolerance)
+        block = 1
+        if solver == "jacobi_gs":
+            chosen = chain.preferred_block(_GUESSED_HALO)
+            block = options.block_size or (chosen if iterations is None else min(chosen, max(1, iterations // 2)))
+        block = min(block, length)
+        halo = _GUESSED_HALO if iterations is None else max(0, iterations - block)
+        return Plan(block, min(halo, length - block), 0, checked)
+
+    def _first_halo(self, plan: Plan, gain: Gain, chain: Chain) -> None:
+        """As far as the chain remembers; where that is most of its length, one block is cheapest."""
+        assert plan.tolerance is not None
+        halo = forgetting_steps(_AIM * plan.tolerance, gain.per_step, chain.length)
+        if plan.block > 1 and self.options.block_size is None:
+            plan.block = min(chain.preferred_block(halo), chain.length)
+        plan.halo = min(halo, max(0, chain.length - plan.block))
+
+    def _adapt_rank(self, tuned: _Tuned, plan: Plan, outcome: Outcome, chain: Chain) -> None:
+        if outcome.space is None:
+            return
+        if tuned.basis is None or max(outcome.reductions, default=0) > _GOOD_REDUCTION:
+            tuned.basis = next_basis(outcome.space.image)
+        if self.options.rank is not None or outcome.sequential:
+            return
+        if outcome.sweeps > 5 and plan.rank < chain.state_size:
+            plan.rank, tuned.basis = min(chain.state_size, plan.rank + 16), None
+        elif outcome.sweeps <= 2 and plan.rank > 16:
+            plan.rank -= 16
+            tuned.basis = tuned.basis[:, :, : plan.rank].contiguous()
+
+    def _choose(self, tuned: _Tuned, run: Callable[[], object], input: Tensor) -> None:
+        """Try the solvers and keep the fastest."""
+        times = {}
+        for solver in ("jacobi_gs", "two_level"):
+            tuned.solver = solver
+            tuned.ages.pop(solver, None)
+            for _ in range(2):  # the first compiles and measures, the second adapts
+                run()
+            times[solver] = _seconds(run, input.device)
+            if len(input) < 4 * tuned.plans[solver].block:
+                break
+        tuned.solver = min(times, key=lambda solver: times[solver])
+        logger.info(
+            "%s: %s (%s).",
+            self.name,
+            tuned.solver,
+            ", ".join(f"{solver} {1000 * seconds:.2f} ms" for solver, seconds in times.items()),
+        )
+
+    def _compare(
+        self, tuned: _Tuned, run: Callable[[], object], task: BackwardPass, grads: tuple[Tensor | None, ...]
+    ) -> None:
+        """Run the ordinary backward pass on the same batch: how far is it from ours, and how long does it take?"""
+        device = task.input.device
+        expected: tuple[Tensor | None, ...] = ()
+        forward, backward = [], []
+        for _ in range(_REPEATS):
+            synchronize(device)
+            began = time.perf_counter()
+            outputs, inputs, gradients = task.ordinary_forward()
+            synchronize(device)
+            between = time.perf_counter()
+            wanted = [x for x in inputs if x is not None and x.requires_grad]
+            expected = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+            synchronize(device)
+            forward.append(between - began)
+            backward.append(time.perf_counter() - between)
+        of_wanted = iter(expected)
+        pairs = [
+            (ours, next(of_wanted)) for x, ours in zip(inputs, grads, strict=True) if x is not None and x.requires_grad
+        ]
+        of_parameters = pairs[-sum(grad is not None for grad in grads[task.parameters]) or len(pairs) :]
+        tuned.ordinary_seconds = min(forward) + min(backward)
+        parallel = _seconds(run, device)
+        tuned.parallel_seconds = _seconds(task.forward, device) + parallel
+        self._probe = (
+            _relative_distance(of_parameters),
+            min(backward) / parallel,
+            tuned.ordinary_seconds / tuned.parallel_seconds,
+        )
+
+
+def _relative_distance(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> float:
+    """The norm of all differences over that of the second tensors."""
+    found = [(a.double(), b.double()) for a, b in pairs if a is not None and b is not None]
+    distance = sum(float((a - b).square().sum()) for a, b in found)
+    size = sum(float(b.square().sum()) for _, b in found)
+    return math.sqrt(distance / size) if size > 0 else math.sqrt(distance)
+
+
+def shape_of(input: Tensor) -> Shape:
+    """What decides how a layer is solved, of its input ``[time, batch, input]``."""
+    return input.shape[0], input.shape[1], str(input.device), input.dtype
+
+
+def forgetting_steps(target: float, per_step: float, length: int) -> int:
+    """Steps after which a unit vector is smaller than ``target``, at most ``length``."""
+    if per_step <= 0:
+        return 0
+    if per_step >= 1:
+        return length
+    return min(length, math.ceil(math.log(min(target, 1.0)) / math.log(per_step)))
+
+
+def adapt_halo(plan: Plan, outcome: Outcome, gain: Gain, length: int) -> None:
+    """Let the next halo be as long as the error of this one says: longer at once, shorter by and by."""
+    assert plan.tolerance is not None
+    if plan.block >= length or outcome.sequential:
+        return
+    walked = outcome.iterations - plan.block  # a further sweep is as good as a halo longer by a block
+    if not outcome.error > 0:
+        wanted = int(0.9 * walked)
+    else:
+        per_step = min(max(gain.per_step, 0.1), 0.999)
+        wanted = walked + math.ceil(math.log(_AIM * plan.tolerance / outcome.error) / math.log(per_step))
+    wanted = max(wanted, int(0.9 * plan.halo))
+    plan.halo = min(max(wanted, 1), length - plan.block)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(_REPEATS):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)

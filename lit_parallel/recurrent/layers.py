@@ -1,0 +1,214 @@
+"""One recurrent layer in one direction: PyTorch's forward pass, and a backward pass that is parallel in time."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_parallel.errors import UserError
+from lit_parallel.kernels import triton_runs_on
+from lit_parallel.recurrent.cells import Layer, cell_of
+from lit_parallel.recurrent.chain import CellChain, Chain
+
+_FORWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "rnn_tanh": torch._VF.rnn_tanh,
+    "rnn_relu": torch._VF.rnn_relu,
+    "gru": torch._VF.gru,
+    "lstm": torch._VF.lstm,
+}
+_CUDNN_MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
+
+
+def run_layer(
+    kind: str, input: Tensor, h_0: Tensor, c_0: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """PyTorch's own forward pass of one layer in one direction.
+
+    Args:
+        kind: ``rnn_tanh``, ``rnn_relu``, ``gru`` or ``lstm``.
+        input: ``[time, batch, input]``.
+        h_0: ``[batch, hidden]``.
+        c_0: ``[batch, hidden]``, of an LSTM.
+        weights: ``weight_ih``, ``weight_hh`` and, with biases, ``bias_ih``, ``bias_hh``.
+
+    Returns:
+        The output ``[time, batch, hidden]``, and the last h and c, ``[batch, hidden]``.
+    """
+    state = (h_0[None], c_0[None]) if c_0 is not None else h_0[None]
+    result = _FORWARD[kind](
+        input, state, in_one_piece(kind, weights), len(weights) == 4, 1, 0.0, torch.is_grad_enabled(), False, False
+    )
+    if c_0 is None:
+        return result[0], result[1][0], None
+    return result[0], result[1][0], result[2][0]
+
+
+def in_one_piece(kind: str, weights: list[Tensor]) -> list[Tensor]:
+    """Weights as cuDNN wants them: it copies, and warns, unless they lie in one piece, as a single layer's do."""
+    first = weights[0]
+    if first.device.type != "cuda" or not torch.backends.cudnn.is_acceptable(first):
+        return weights
+    storage = first.untyped_storage()
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    together = all(weight.untyped_storage().data_ptr() == storage.data_ptr() for weight in weights)
+    if together and storage.nbytes() < 1.1 * size:
+        return weights
+    if torch.is_grad_enabled():
+        return weights  # copies would get the gradients
+    copies = [weight.detach().clone() for weight in weights]
+    hidden = weights[1].shape[1]
+    torch._cudnn_rnn_flatten_weight(copies, len(copies), first.shape[1], _CUDNN_MODES[kind], hidden, 0, 1, False, False)
+    return copies
+
+
+def refuse_second_derivatives() -> None:
+    """Raise an error if this backward pass is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise UserError(
+            "The parallel backward pass has no second derivative (create_graph=True): take these layers out with "
+            "lit_parallel.recurrent.restore(module), or set solver='sequential'."
+        )
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products in float32 as float32, whatever the user chose for training."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision if torch.cuda.is_available() else "ieee"
+    if before == "ieee":
+        yield
+        return
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+#: Solves a chain: fills its second argument with what the steps leave behind and returns what arrives before the first
+#: step; calls the third while the device is busy, and again if what it saw has changed since.
+Solve = Callable[[Chain, Tensor, Callable[[], None]], Tensor]
+
+
+class BackwardPass(ABC):
+    """The backward pass of one recurrent layer that has run forward.
+
+    Attributes:
+        input: ``[time, batch, input]``.
+        parameters: Which of the gradients belong to parameters.
+    """
+
+    input: Tensor
+    parameters: slice
+
+    @abstractmethod
+    def gradients(self, solve: Solve) -> tuple[Tensor | None, ...]:
+        """All gradients that are wanted."""
+
+    @abstractmethod
+    def forward(self) -> object:
+        """Run forward once more, as the parallel way does."""
+
+    @abstractmethod
+    def ordinary_forward(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+        """Run forward in PyTorch's own way, with gradients: outputs, inputs, and the outputs' gradients."""
+
+
+class LayerPass(BackwardPass):
+    """Of a layer of an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` in one direction.
+
+    Args:
+        kind: See :func:`run_layer`.
+        layer: What the forward pass had and made.
+        grads: Gradients of the output ``[time, batch, hidden]``, and of the last h and c, ``[batch, hidden]``.
+        needed: Whether the gradients of input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh are wanted.
+        precision: Of the products in the chain.
+    """
+
+    parameters = slice(3, 7)
+
+    def __init__(
+        self,
+        kind: str,
+        layer: Layer,
+        grads: tuple[Tensor, Tensor, Tensor | None],
+        needed: tuple[bool, ...],
+        precision: str = "full",
+    ) -> None:
+        self.kind, self.layer, self.grads, self.needed, self.precision = kind, layer, grads, needed, precision
+        self.input = layer.input
+
+    @full_precision()
+    def gradients(self, solve: Solve) -> tuple[Tensor | None, ...]:
+        cell, needed = cell_of(self.kind), self.needed
+        dtype = self.layer.output.dtype
+        inner = torch.promote_types(dtype, torch.float32)  # bfloat16 cannot hold a sum over thousands of steps
+        layer = self.layer.to(inner)
+        grad_output, grad_h, grad_c = self.grads
+        last = (grad_h if grad_c is None else torch.cat([grad_h, grad_c], dim=-1)).to(inner)
+        chain = build_chain(self.kind, layer, grad_output.to(inner), last, self.precision)
+        p = torch.empty(chain.length, chain.batch, chain.gradient_size, dtype=inner, device=last.device)
+        hidden = layer.h_0.shape[-1]
+        of_input, of_hidden = cell.of_input(p, hidden), cell.of_hidden(p, hidden)
+        grads: list[Tensor | None] = [None] * 7
+
+        def products() -> None:
+            if needed[0]:
+                grads[0] = of_input @ cell.rows_of_input(layer.weight_ih)
+            if needed[3]:
+                grads[3] = cell.rows_from_input(of_input.flatten(0, 1).t() @ layer.input.flatten(0, 1))
+            if needed[4]:
+                product = of_hidden[1:].flatten(0, 1).t() @ layer.output[:-1].flatten(0, 1)
+                grads[4] = product.addmm_(of_hidden[0].t(), layer.h_0)
+            if needed[5]:
+                grads[5] = cell.rows_from_input(_column_sums(of_input))
+            if needed[6]:
+                same = grads[5] if cell.pre_activations == cell.gates else None
+                grads[6] = _column_sums(of_hidden) if same is None else same.clone()
+
+        initial = solve(chain, p, products)
+        if needed[1]:
+            grads[1] = initial[:, :hidden]
+        if needed[2]:
+            grads[2] = initial[:, hidden:]
+        return tuple(grad if grad is None else grad.to(dtype) for grad in grads)
+
+    @torch.no_grad()
+    def forward(self) -> object:
+        layer = self.layer
+        return run_layer(self.kind, layer.input, layer.h_0, layer.c_0, layer.weights)
+
+    def ordinary_forward(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+        layer = self.layer
+        states = [x if x is None else x.detach() for x in (layer.input, layer.h_0, layer.c_0)]
+        with torch.no_grad():
+            weights = in_one_piece(self.kind, [weight.detach() for weight in layer.weights])
+        inputs = [*states, *weights, None, None][:7]
+        for x, wanted in zip(inputs, self.needed, strict=True):
+            if x is not None:
+                x.requires_grad_(wanted)
+        with torch.enable_grad():
+            outputs = run_layer(self.kind, inputs[0], inputs[1], inputs[2], weights)  # type: ignore[arg-type]
+        return [x for x in outputs if x is not None], inputs, [grad for grad in self.grads if grad is not None]
+
+
+def _column_sums(p: Tensor) -> Tensor:
+    """Sums over time and batch; on a GPU as a product, which is faster there."""
+    p = p.flatten(0, 1)
+    return torch.mv(p.t(), p.new_ones(len(p))) if p.is_cuda else p.sum(0)
+
+
+def build_chain(kind: str, layer: Layer, grad_output: Tensor, last: Tensor, precision: str = "full") -> Chain:
+    """The chain of a layer, with its kernel where there is one."""
+    if triton_runs_on(last.device):
+        from lit_parallel.kernels import recurrent as kernels
+
+        if kernels.supports(kind, layer):
+            return kernels.build_chain(kind, layer, grad_output, last, precision)
+    cell = cell_of(kind)
+    return CellChain(cell, cell.linearise(layer), layer.weight_hh, grad_output, last)

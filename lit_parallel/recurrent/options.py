@@ -1,0 +1,35 @@
+"""The options of parallel backpropagation, as they stand under ``callbacks.jacobi_backprop`` in a config."""
+
+from dataclasses import dataclass
+
+from lit_parallel.options import option
+
+RECURRENT_SOLVERS = ("auto", "jacobi", "jacobi_gs", "two_level", "sequential")
+RECURRENT_PRECISIONS = ("full", "bf16")
+
+
+@dataclass
+class RecurrentOptions:
+    """How the backward pass of recurrent layers is solved, and when it is good enough."""
+
+    solver: str = option(
+        "auto",
+        "how the chain of gradients is solved (auto: the fastest of them, as measured)",
+        choices=RECURRENT_SOLVERS,
+    )
+    iterations: int | None = option(
+        None,
+        "stop after so many parallel iterations, unchecked: truncated backpropagation (null: when tolerance holds)",
+        minimum=1,
+    )
+    tolerance: float | None = option(
+        None,
+        "largest relative error of a layer's gradient, checked in every backward pass (null: 1e-6, in float64 1e-10)",
+        above=0,
+    )
+    block_size: int | None = option(None, "steps per block (null: chosen)", minimum=1)
+    rank: int | None = option(None, "two_level: columns of the coarse correction (null: chosen)", minimum=1)
+    precision: str = option("full", "products with W_hh, on a GPU (bf16: errors of 1e-2)", choices=RECURRENT_PRECISIONS)
+    probe_every: int = option(
+        200, "steps between two comparisons with the ordinary backward pass (0: none but auto's first)", minimum=0
+    )

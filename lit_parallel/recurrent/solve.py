@@ -1,0 +1,196 @@
+"""Solve a chain in parallel until its error is within a tolerance, by blocks with a halo and a coarse correction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_parallel.recurrent.chain import Chain, blocks_of
+from lit_parallel.recurrent.coarse import CoarseSpace, coarse_space
+
+_TINY = 1e-30
+_SAFETY = 2.0  # a random direction need not be the worst
+
+
+@dataclass
+class Plan:
+    """How a chain is solved.
+
+    Attributes:
+        block: Steps per block.
+        halo: Steps that each block walks before its own.
+        rank: Columns of the coarse correction; 0: none.
+        tolerance: Largest error relative to the norm of what is computed, per sequence; None: one walk, no check.
+    """
+
+    block: int
+    halo: int
+    rank: int = 0
+    tolerance: float | None = None
+
+
+@dataclass
+class Gain:
+    """How errors at the borders grow, as measured on a chain.
+
+    Attributes:
+        amplification: Norm of the error inside a block, for an error of norm 1 at its border.
+        per_step: Factor per step by which an error grows (above 1) or is forgotten, over a halo and a block.
+    """
+
+    amplification: float
+    per_step: float
+
+    def of_border_errors(self, block: int, blocks: int) -> float:
+        """Largest error inside the blocks for a residual of norm 1 at the borders, carried through all of them."""
+        logarithm = block * math.log(max(self.per_step, _TINY))  # of the growth from one border to the next
+        if logarithm * blocks > 100:
+            return math.inf
+        growth = math.exp(logarithm)
+        carried = blocks if growth == 1 else (growth**blocks - 1) / (growth - 1)
+        return self.amplification * carried
+
+
+@dataclass
+class Outcome:
+    """What solving a chain took and how well it was solved.
+
+    Attributes:
+        initial: What arrives before the first step, ``[batch, state_size]``.
+        iterations: Steps that were walked one after another: parallel iterations of the Jacobi-Gauss-Seidel method.
+        sweeps: Walks over all blocks, the first included.
+        residual: Largest norm, over sequences, of the mismatch at the borders relative to the solution; NaN: unchecked.
+        error: The residual times the measured amplification: the estimated relative error.
+        reductions: Factors by which the estimated error fell per sweep.
+        sequential: Whether it ended as one block, such as for values that are not finite.
+        space: The coarse space that was used.
+        block, halo, rank: Of the plan.
+    """
+
+    initial: Tensor
+    iterations: int
+    sweeps: int = 1
+    residual: float = math.nan
+    error: float = math.nan
+    reductions: list[float] = field(default_factory=list)
+    sequential: bool = False
+    space: CoarseSpace | None = None
+    block: int = 0
+    halo: int = 0
+    rank: int = 0
+
+
+def measure_gain(chain: Chain, plan: Plan) -> Gain:
+    """Walk random vectors through halo and block: what survives the halo is what an error at a border looks like."""
+    blocks = blocks_of(chain.length, plan.block)
+    generator = torch.Generator(chain.last.device).manual_seed(1)
+    shape = (blocks, chain.batch, 1, chain.state_size)
+    start = torch.randn(shape, generator=generator, dtype=chain.last.dtype, device=chain.last.device)
+    halo = max(plan.halo, plan.block)
+    walk = chain.walk(plan.block, halo, start, source=False)
+    arrived = _norms(walk.arrived)
+    used = arrived > _TINY  # what is forgotten altogether does not matter
+    inside = torch.where(used, walk.energy.sqrt() / arrived.clamp_min(_TINY), 0).amax()
+    # A block walks the whole halo, or what there is of it up to the end of the chain.
+    ends = torch.arange(1, blocks + 1, device=start.device) * plan.block + halo
+    steps = ends.clamp_max(chain.length) - ends + halo + plan.block
+    growth = _norms(walk.left) / _norms(start)
+    per_step = torch.where(steps >= min(halo, chain.length // 2), growth.amax((1, 2)) ** (1 / steps), 0).amax()
+    numbers = torch.stack([inside, per_step]).tolist()
+    return Gain(_SAFETY * numbers[0], numbers[1])
+
+
+def solve_chain(
+    chain: Chain,
+    plan: Plan,
+    gain: Gain | None,
+    into: Tensor,
+    basis: Tensor | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Solve a chain.
+
+    The first walk starts from a halo. As long as the estimated error is too large, the borders are corrected (by what
+    the neighbours found, or by the coarse correction of it) and the blocks are walked again. With one level, sweep m
+    makes the m last blocks exact, so there are at most as many sweeps as blocks.
+
+    Args:
+        chain: The chain.
+        plan: Block, halo, rank, tolerance.
+        gain: Of this chain or one like it; needed where a tolerance is to be held without coarse correction.
+        into: ``[length, batch, gradient_size]``, filled.
+        basis: For the coarse correction, from an earlier chain.
+        meanwhile: Called while the device compares the borders of the first walk.
+    """
+    blocks = blocks_of(chain.length, plan.block)
+    walk = chain.walk(plan.block, plan.halo, into=into)
+    outcome = Outcome(walk.left[0, :, 0], plan.block + plan.halo, block=plan.block, halo=plan.halo, rank=plan.rank)
+    if blocks == 1 or plan.tolerance is None:
+        meanwhile()
+        if blocks == 1:
+            outcome.residual = outcome.error = 0.0
+        return outcome
+    pending = chain.disagreement(walk)
+    if not plan.rank:
+        meanwhile()
+    amplification = 1.0 if gain is None else gain.of_border_errors(plan.block, blocks)
+    space: CoarseSpace | None = None
+    last_sweep = blocks + 1  # with one level, all is exact by then
+    while True:
+        found = pending()
+        outcome.residual = found.of_solution
+        if not math.isfinite(found.of_solution):
+            return _sequentially(chain, into, outcome)
+        if found.of_solution == 0:
+            outcome.error = 0.0
+            return outcome
+        errors = walk.left[1:] - walk.arrived[:-1]
+        if plan.rank and outcome.sweeps == 1:
+            space = outcome.space = coarse_space(chain, plan.block, plan.rank, basis)
+            outcome.iterations += plan.block * (1 if basis is not None else 2)
+            amplification = _SAFETY * float(space.amplification)
+        relative = found.of_solution
+        if space is not None:
+            errors = space.errors(errors[:, :, 0])[:, :, None]
+            energy = walk.energy.sum((0, 2))
+            norms = errors.square().sum((0, 2, 3))
+            relative = math.sqrt(torch.where(energy > 0, norms / energy, norms).amax().item())
+            if not math.isfinite(relative):
+                return _sequentially(chain, into, outcome)
+        previous, outcome.error = outcome.error, relative * amplification
+        if previous > 0:
+            outcome.reductions.append(outcome.error / previous)
+        at_rounding = found.of_border <= 8 * torch.finfo(into.dtype).eps and outcome.sweeps > 1
+        if outcome.error <= plan.tolerance or at_rounding:  # the latter is as good as sequential evaluation
+            return outcome
+        if space is not None and outcome.reductions and not outcome.reductions[-1] < 0.7:
+            # The subspace misses what matters: from here on one border per sweep.
+            space, last_sweep, errors = None, outcome.sweeps + blocks, walk.left[1:] - walk.arrived[:-1]
+            amplification = math.inf
+        if outcome.sweeps >= last_sweep:
+            return _sequentially(chain, into, outcome)
+        corrected = torch.cat([walk.arrived[:-1] + errors, chain.last[None, :, None]])
+        walk = chain.walk(plan.block, 0, corrected, into=into)
+        outcome.sweeps += 1
+        outcome.iterations += plan.block
+        outcome.initial = walk.left[0, :, 0]
+        pending = chain.disagreement(walk)
+
+
+def _sequentially(chain: Chain, into: Tensor, outcome: Outcome) -> Outcome:
+    """One block: what is not finite goes where ordinary backpropagation would take it."""
+    walk = chain.walk(chain.length, 0, into=into)
+    outcome.initial = walk.left[0, :, 0]
+    outcome.iterations += chain.length
+    outcome.sweeps += 1
+    outcome.residual = outcome.error = 0.0
+    outcome.sequential = True
+    return outcome
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.square().sum(-1).sqrt()

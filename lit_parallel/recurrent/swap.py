@@ -1,0 +1,292 @@
+"""Let recurrent layers backpropagate in parallel, and undo it: ``parallelize(module)``, ``restore(module)``."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.rnn import PackedSequence
+
+from lit_parallel.errors import UserError
+from lit_parallel.networks.rnn import Recurrence
+from lit_parallel.options import check_options
+from lit_parallel.recurrent.controller import BackwardRecord, Controller, shape_of
+from lit_parallel.recurrent.operators import recurrent_layer, register
+from lit_parallel.recurrent.options import RecurrentOptions
+from lit_parallel.recurrent.own_cell import CellRecurrence
+
+logger = logging.getLogger(__name__)
+
+_KINDS = (nn.RNN, nn.GRU, nn.LSTM)
+
+
+def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **chosen: Any) -> list[str]:
+    """Let every recurrent layer in a module backpropagate in parallel over time.
+
+    ``nn.RNN``, ``nn.GRU``, ``nn.LSTM`` and :class:`lit_parallel.networks.rnn.Recurrence` are found at any depth, the
+    module itself included. Their parameters, their names and their forward results stay as they are. What cannot be
+    done in parallel (``proj_size``, packed sequences) goes on as before, with a warning.
+
+    Args:
+        module: Changed in place.
+        options: How; by default :class:`RecurrentOptions`.
+        **chosen: Single options, such as ``solver="jacobi"``.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        UserError: An option is out of range, or layers are parallel already.
+    """
+    options = dataclasses.replace(options or RecurrentOptions())
+    for name, value in chosen.items():
+        if name not in {field.name for field in dataclasses.fields(options)}:
+            raise UserError(f"There is no option '{name}' of parallel backpropagation.")
+        setattr(options, name, value)
+    check_options(options)
+    names = []
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, _KINDS) and _has_own_forward(layer):
+            warnings.warn(f"{_shown(name)} has a forward of its own and keeps its backward pass.", stacklevel=2)
+        elif isinstance(layer, nn.RNNBase) and layer.proj_size > 0:
+            warnings.warn(f"{_shown(name)} has proj_size={layer.proj_size} and keeps its backward pass.", stacklevel=2)
+        elif isinstance(layer, (*_KINDS, Recurrence)):
+            if isinstance(layer.__dict__.get("forward"), _ParallelForward):
+                raise UserError(f"{_shown(name)} is parallel already: call lit_parallel.recurrent.restore first.")
+            made = ParallelRecurrence if isinstance(layer, Recurrence) else ParallelForward
+            layer.forward = made(layer, name, options)  # type: ignore[method-assign]
+            names.append(name)
+    return names
+
+
+def restore(module: nn.Module) -> None:
+    """Undo :func:`parallelize`."""
+    for layer in module.modules():
+        if isinstance(layer.__dict__.get("forward"), _ParallelForward):
+            del layer.forward
+
+
+def records(module: nn.Module) -> dict[str, BackwardRecord]:
+    """What the newest backward passes took, by the names of the layers, such as ``lstm.l0`` and ``lstm.l0_reverse``."""
+    found = {}
+    for forward in _forwards(module):
+        for controller in forward.controllers.values():
+            record = controller.refresh()
+            if record is not None:
+                found[controller.name] = record
+    return found
+
+
+def _forwards(module: nn.Module) -> Iterator[_ParallelForward]:
+    for layer in module.modules():
+        forward = layer.__dict__.get("forward")
+        if isinstance(forward, _ParallelForward):
+            yield forward
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    return not any(type(layer).forward is kind.forward for kind in _KINDS)
+
+
+def _shown(name: str) -> str:
+    return f"'{name}'" if name else "The module"
+
+
+class _ParallelForward:
+    """Stands in for a module's ``forward``: the same results, another backward pass."""
+
+    def __init__(self, module: nn.Module, name: str, options: RecurrentOptions) -> None:
+        self.module, self.name, self.options = module, name, options
+        self.controllers: dict[str, Controller] = {}
+        self.numbers: dict[str, int] = {}
+        self._ordinary_calls = 0
+        self._told: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"controllers": {}, "numbers": {}}  # what was learnt belongs to a device and a process
+
+    def _ordinary(self, *arguments: Any) -> Any:
+        return type(self.module).forward(self.module, *arguments)
+
+    def _number(self, suffix: str) -> int:
+        """The number of the controller of one layer and direction."""
+        if suffix not in self.numbers:
+            name = f"{self.name}.{suffix}" if self.name else suffix
+            self.controllers[suffix] = Controller(name, self.options)
+            self.numbers[suffix] = register(self.controllers[suffix])
+        return self.numbers[suffix]
+
+    def _is_slower(self, input: Tensor) -> bool:
+        """Whether the ordinary way was measured to be faster for such an input; says so once."""
+        shape = shape_of(input)
+        verdicts = [controller.slower(shape) for controller in self.controllers.values()]
+        if not verdicts or None in verdicts:
+            return False
+        times = [controller.seconds(shape) for controller in self.controllers.values()]
+        ordinary, parallel = (sum(column) for column in zip(*times, strict=True))
+        if parallel <= ordinary:
+            return False
+        auto = self.options.solver == "auto"
+        self._tell_once(
+            str(shape),
+            f"{_shown(self.name)} trains faster with its ordinary backward pass for {shape[0]} steps of {shape[1]} "
+            f"sequences ({1000 * ordinary:.2f} ms against {1000 * parallel:.2f} ms)"
+            + (", which is used." if auto else "; callbacks.jacobi_backprop.solver=auto would use it."),
+        )
+        return auto
+
+    def _take_ordinary(self, x: Tensor) -> bool:
+        if not self._is_slower(x):
+            return False
+        self._ordinary_calls += 1
+        every = self.options.probe_every
+        return every == 0 or self._ordinary_calls % every != 0  # now and then: is it still so?
+
+    def _tell_once(self, key: str, message: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            logger.warning(message)
+
+
+class ParallelForward(_ParallelForward):
+    """The forward of an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, one layer and direction after the other."""
+
+    module: nn.RNNBase
+
+    def __call__(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        """The module's own forward: same arguments, same results."""
+        module = self.module
+        if isinstance(input, PackedSequence):
+            self._tell_once("packed", f"{_shown(self.name)} was given a packed sequence and keeps its backward pass.")
+            return self._ordinary(input, hx)
+        if self.options.solver == "sequential" or not self._needs_gradients(input, hx):
+            return self._ordinary(input, hx)
+        if input.dim() not in (2, 3) or (hx is not None and not self._fits(input, hx)):
+            return self._ordinary(input, hx)  # which says what is wrong
+        batched = input.dim() == 3
+        is_lstm = isinstance(module, nn.LSTM)
+        x = input if batched else input.unsqueeze(1)
+        if batched and module.batch_first:
+            x = x.transpose(0, 1)
+        if not torch.compiler.is_compiling() and self._take_ordinary(x):
+            return self._ordinary(input, hx)
+        directions = 2 if module.bidirectional else 1
+        if hx is None:
+            shape = (module.num_layers * directions, x.shape[1], module.hidden_size)
+            h_0 = x.new_zeros(shape)
+            c_0 = torch.zeros_like(h_0) if is_lstm else None
+        else:
+            given = hx if is_lstm else (hx, None)
+            h_0, c_0 = (s if s is None or batched else s.unsqueeze(1) for s in given)
+            assert h_0 is not None
+        # It looks for the batch where batch_first says.
+        shown = x.transpose(0, 1) if module.batch_first else x
+        module.check_forward_args(shown, (h_0, c_0) if is_lstm else h_0, None)  # type: ignore[arg-type]
+        dtype = _autocast_dtype(x)
+        if dtype is not None:
+            x, h_0, c_0 = x.to(dtype), h_0.to(dtype), None if c_0 is None else c_0.to(dtype)
+
+        last_h: list[Tensor] = []
+        last_c: list[Tensor | None] = []
+        for layer in range(module.num_layers):
+            outputs = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                suffix = f"l{layer}{'_reverse' if direction else ''}"
+                weights = [
+                    getattr(module, f"{name}_{suffix}")
+                    for name in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
+                ]
+                if dtype is not None:
+                    weights = [weight.to(dtype) for weight in weights]
+                output, h, c = recurrent_layer(
+                    self._kind,
+                    self._number(suffix),
+                    x.flip(0) if direction else x,
+                    h_0[index],
+                    None if c_0 is None else c_0[index],
+                    weights,
+                )
+                outputs.append(output.flip(0) if direction else output)
+                last_h.append(h)
+                last_c.append(c)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
+            if module.dropout > 0 and layer < module.num_layers - 1:
+                x = F.dropout(x, module.dropout, module.training)
+        output = x if batched else x.squeeze(1)
+        if batched and module.batch_first:
+            output = output.transpose(0, 1)
+        h_n = _stack(last_h, batched)
+        return (output, (h_n, _stack(last_c, batched))) if is_lstm else (output, h_n)
+
+    @property
+    def _kind(self) -> str:
+        module = self.module
+        if isinstance(module, nn.RNN):
+            return f"rnn_{module.nonlinearity}"
+        return "gru" if isinstance(module, nn.GRU) else "lstm"
+
+    def _needs_gradients(self, input: Tensor, hx: Any) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        return any(x.requires_grad for x in (input, *states, *self.module.parameters()))
+
+    def _fits(self, input: Tensor, hx: Any) -> bool:
+        states = hx if isinstance(hx, tuple) else (hx,)
+        expected = 2 if isinstance(self.module, nn.LSTM) else 1
+        return len(states) == expected and all(state.dim() == input.dim() for state in states)
+
+
+class ParallelRecurrence(_ParallelForward):
+    """The forward of a :class:`~lit_parallel.networks.rnn.Recurrence`, whose cell is the user's own."""
+
+    module: Recurrence
+
+    @torch.compiler.disable
+    def __call__(self, input: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The module's own forward: same arguments, same results."""
+        module = self.module
+        weights = [weight for weight in module.parameters() if weight.requires_grad]
+        differentiable = [input, *weights] if h_0 is None else [input, h_0, *weights]
+        if (
+            self.options.solver == "sequential"
+            or not torch.is_grad_enabled()
+            or not any(x.requires_grad for x in differentiable)
+            or input.dim() not in (2, 3)
+            or (h_0 is not None and h_0.dim() != input.dim())
+        ):
+            return self._ordinary(input, h_0)
+        batched = input.dim() == 3
+        x = input if batched else input.unsqueeze(1)
+        if batched and module.batch_first:
+            x = x.transpose(0, 1)
+        if self._take_ordinary(x):
+            return self._ordinary(input, h_0)
+        if h_0 is None:
+            h_0 = x.new_zeros(1, x.shape[1], module.hidden_size)
+        elif not batched:
+            h_0 = h_0.unsqueeze(1)
+        self._number("cell")
+        output, h = CellRecurrence.apply(module, self.controllers["cell"], x, h_0[0], *weights)
+        if not batched:
+            return output.squeeze(1), h
+        return output.transpose(0, 1) if module.batch_first else output, h[None]
+
+
+def _stack(states: Sequence[Tensor | None], batched: bool) -> Tensor:
+    stacked = torch.stack([state for state in states if state is not None])
+    return stacked if batched else stacked.squeeze(1)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What a recurrent layer computes in under autocast, as PyTorch's own does."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(x.device.type)

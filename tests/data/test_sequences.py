@@ -1,0 +1,125 @@
+"""Images reduced by area, and the adding problem."""
+
+import numpy as np
+import pytest
+import torch
+
+from lit_parallel.data.adding import adding_problem
+from lit_parallel.data.datasets import build_data
+from lit_parallel.data.image_data import area_average
+from lit_parallel.data.options import AddingOptions, DataOptions
+from lit_parallel.errors import UserError
+
+
+def adding(seed=0, **options):
+    return build_data(AddingOptions(**{"length": 7, "size": 40, "test_size": 10, "batch_size": 8, **options}), seed)
+
+
+def whole(loader):
+    inputs, targets = zip(*loader, strict=True)
+    return torch.cat(inputs), torch.cat(targets)
+
+
+# -- pixels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [1, 7, 10, 28])
+def test_an_area_average_is_the_mean_of_so_many_copies_of_each_pixel(side):
+    images = torch.randint(0, 256, (3, 2, 28, 28), dtype=torch.uint8)
+    copies = images.double().repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+    means = copies.unflatten(3, (side, 28)).unflatten(2, (side, 28)).mean(dim=(3, 5))
+    found = area_average(images, side)
+    assert found.dtype == torch.uint8
+    assert found.shape == (3, 2, side, side)
+    assert (found - means).abs().max() < 0.5001
+
+
+def test_a_pixel_that_lies_in_two_areas_counts_in_both():
+    image = torch.tensor([[0, 30, 60], [0, 30, 60], [90, 90, 90]], dtype=torch.uint8)[None, None]
+    # Areas of 1.5 x 1.5 pixels: above, a third of the means lies in the middle row and column.
+    left, right = (0 + 30 / 2) / 1.5, (30 / 2 + 60) / 1.5
+    expected = [[left, right], [(left * 0.5 + 90) / 1.5, (right * 0.5 + 90) / 1.5]]
+    assert torch.equal(area_average(image, 2)[0, 0], torch.tensor(expected).round().to(torch.uint8))
+
+
+def test_an_even_image_stays_as_it_is():
+    assert (area_average(torch.full((2, 1, 28, 28), 255, dtype=torch.uint8), 10) == 255).all()
+
+
+@pytest.mark.parametrize(("name", "channels"), [("mnist5k", 1), ("photos32", 3)])
+def test_reduced_images_keep_their_labels_and_order(name, channels):
+    plain, reduced = (build_data(DataOptions(name=name, side=side), seed=1) for side in (None, 10))
+    assert reduced.sample_shape == (channels, 10, 10)
+    assert plain.sample_shape == plain.image_shape
+    for part in ("val_dataloader", "test_dataloader"):
+        images, labels = whole(getattr(plain, part)())
+        small, small_labels = whole(getattr(reduced, part)())
+        assert small.shape == (len(images), channels, 10, 10)
+        assert small.dtype == torch.uint8
+        assert torch.equal(small, area_average(images, 10))
+        assert torch.equal(small_labels, labels)
+    assert torch.equal(reduced.test_images(), small)
+    training = reduced.train_dataloader().dataset
+    assert torch.equal(training.images, area_average(plain.train_dataloader().dataset.images, 10))
+    assert torch.equal(training.labels, plain.train_dataloader().dataset.labels)
+
+
+def test_images_are_not_enlarged():
+    with pytest.raises(UserError, match=r"^data.side=29 would enlarge .* mnist5k, which have 28x28 .* at most 28\.$"):
+        build_data(DataOptions(side=29), seed=0)
+
+
+def test_evaluation_may_have_batches_of_its_own():
+    data = adding(batch_size=1, evaluation_batch_size=4, validation_fraction=0.25)
+    sizes = [
+        [len(targets) for _, targets in loader]
+        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+    ]
+    assert sizes == [[1] * 30, [4, 4, 2], [4, 4, 2]]
+
+
+# -- the adding problem -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [2, 3, 10, 101])
+def test_the_target_is_the_sum_of_one_number_in_each_half(length):
+    samples = adding_problem(500, length, np.random.default_rng(0))
+    numbers, marks = samples.inputs.unbind(2)
+    assert samples.inputs.shape == (500, length, 2)
+    assert samples.inputs.dtype == samples.targets.dtype == torch.float32
+    assert set(marks.unique().tolist()) <= {0.0, 1.0}
+    assert (marks[:, : length // 2].sum(dim=1) == 1).all()
+    assert (marks[:, length // 2 :].sum(dim=1) == 1).all()
+    torch.testing.assert_close(samples.targets, (numbers * marks).sum(dim=1))
+
+
+def test_numbers_and_places_are_uniform():
+    samples = adding_problem(4000, 10, np.random.default_rng(0))
+    numbers, marks = samples.inputs.unbind(2)
+    assert float(numbers.mean()) == pytest.approx(1 / 2, abs=0.01)
+    assert float(numbers.var()) == pytest.approx(1 / 12, abs=0.002)
+    torch.testing.assert_close(marks.mean(dim=0), torch.full((10,), 0.2), atol=0.03, rtol=0)
+    assert float(samples.targets.var()) == pytest.approx(adding().target_variance, abs=0.01)
+
+
+def test_sequences_depend_on_the_seed_and_test_sequences_do_not():
+    first, again, other = (adding(seed) for seed in (3, 3, 4))
+    assert first.sample_shape == (7, 2)
+    for data in (first, again, other):
+        data.setup()
+    for mine, same in zip(whole(first.val_dataloader()), whole(again.val_dataloader()), strict=True):
+        assert torch.equal(mine, same)
+    seen = [{float(sum_) for sum_ in whole(data.test_dataloader())[1]} for data in (first, other)]
+    assert seen[0] == seen[1]
+    everything = [
+        {float(sum_) for sum_ in torch.cat([whole(data.val_dataloader())[1], whole(data.train_dataloader())[1]])}
+        for data in (first, other, adding(0))
+    ]
+    assert not everything[0] & everything[1]
+    assert not any(part & seen[0] for part in everything)
+
+
+def test_sizes_are_as_asked_for():
+    data = adding(size=40, test_size=5, validation_fraction=0.25, batch_size=1)
+    parts = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+    assert [len(loader) for loader in parts] == [30, 10, 5]
