@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import warnings
@@ -110,6 +111,15 @@ def _report(result: TrainResult, hints: list[str]) -> None:
         print(line)
 
 
+def _show_messages() -> None:
+    """Show what is logged about the run, such as which solver was chosen; by the first process only."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    logger = logging.getLogger("lit_parallel")
+    logger.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.CRITICAL)
+    logger.addHandler(logging.StreamHandler())
+
+
 def main(argv: Sequence[str]) -> None:
     """The command."""
     from lit_parallel.cli import parse_arguments
@@ -128,6 +138,7 @@ def main(argv: Sequence[str]) -> None:
         default_config=DEFAULT_CONFIG,
     )
     warnings.filterwarnings("ignore", category=FutureWarning)
+    _show_messages()
     train(config)
 
 

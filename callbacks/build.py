@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import (
 )
 from torch import Tensor
 
+from callbacks.jacobi_backprop import JacobiBackprop
 from callbacks.sample_grid import SampleGrid
 from lit_parallel.config import TrainConfig
 from lit_parallel.errors import UserError
@@ -23,7 +24,7 @@ from lit_parallel.options import fields_of, join_key
 
 
 def build_training_callbacks(config: TrainConfig, folder: Path, model: TrainableModule) -> list[pl.Callback]:
-    """Checkpoints (last and best), sample grid, weight average, early stopping, learning rate, progress bar.
+    """Checkpoints, sample grid, weight average, parallel backpropagation, early stopping, learning rate, progress bar.
 
     Args:
         config: The resolved config.
@@ -64,6 +65,10 @@ def build_training_callbacks(config: TrainConfig, folder: Path, model: Trainable
         )
     if options.ema.enabled:  # after the sample grid, which is to see the averaged weights
         callbacks.append(WeightAveraging(avg_fn=_moving_average(options.ema.decay), use_buffers=False))
+    if options.jacobi_backprop.enabled:
+        jacobi_backprop = JacobiBackprop(options.jacobi_backprop)
+        jacobi_backprop.check(model)
+        callbacks.append(jacobi_backprop)
     if options.early_stopping.enabled:
         if monitor is None:
             raise UserError("callbacks.early_stopping needs validation data: set data.validation_fraction=0.1.")

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lit_parallel.checkpoint import load
     from lit_parallel.conditionals import Categorical, Conditional, DiscretizedLogisticMixture, Logistic
     from lit_parallel.modules.conditional import ConditionalModule
+    from lit_parallel.networks.rnn import Recurrence
+    from lit_parallel.recurrent import RecurrentOptions, parallelize, restore
     from lit_parallel.sampling.autoregressive import Given
     from lit_parallel.sampling.causality import check_causality
     from lit_parallel.sampling.options import SamplingOptions
@@ -40,6 +42,10 @@ _HOMES = {
     "Evaluation": "lit_parallel.systems",
     "TensorSystem": "lit_parallel.systems",
     "TriangularSystem": "lit_parallel.systems",
+    "Recurrence": "lit_parallel.networks.rnn",
+    "RecurrentOptions": "lit_parallel.recurrent",
+    "parallelize": "lit_parallel.recurrent",
+    "restore": "lit_parallel.recurrent",
 }
 
 __all__ = [
@@ -50,6 +56,8 @@ __all__ = [
     "Evaluation",
     "Given",
     "Logistic",
+    "Recurrence",
+    "RecurrentOptions",
     "SamplingOptions",
     "Solution",
     "SolverLoop",
@@ -60,6 +68,8 @@ __all__ = [
     "TriangularSystem",
     "check_causality",
     "load",
+    "parallelize",
+    "restore",
     "sample",
     "solve",
 ]

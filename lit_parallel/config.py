@@ -30,6 +30,7 @@ from lit_parallel.options import (
     option,
     option_keys,
 )
+from lit_parallel.recurrent.options import RecurrentOptions
 from lit_parallel.sampling.options import InpaintOptions, SamplingOptions
 from lit_parallel.solvers.options import SOLVER_NAMES, SolverOptions
 
@@ -113,12 +114,27 @@ class EmaOptions:
 
 
 @dataclass
+class _JacobiBackpropSwitch:
+    """A base of its own, so that it stands before the other options."""
+
+    enabled: bool = option(False, "whether recurrent layers backpropagate in parallel over time")
+
+
+@dataclass
+class JacobiBackpropOptions(RecurrentOptions, _JacobiBackpropSwitch):
+    """Backpropagation through recurrent layers, parallel in time."""
+
+
+@dataclass
 class CallbackOptions:
     """What is plugged into the Trainer."""
 
     sample_grid: SampleGridOptions = group(SampleGridOptions, "samples drawn while training")
     early_stopping: EarlyStoppingOptions = group(EarlyStoppingOptions, "stop when the validation loss stays")
     ema: EmaOptions = group(EmaOptions, "a moving average of the weights")
+    jacobi_backprop: JacobiBackpropOptions = group(
+        JacobiBackpropOptions, "parallel backpropagation of recurrent layers"
+    )
 
 
 @dataclass
@@ -165,7 +181,9 @@ class TrainConfig:
     solver: SolverOptions = group(SolverOptions, "how samples are drawn while training")
     sampling: SamplingOptions = group(SamplingOptions, "what is drawn while training: coupling, temperature")
     trainer: TrainerOptions = group(_default_training, "Lightning's Trainer: epochs, devices, precision")
-    callbacks: CallbackOptions = group(CallbackOptions, "sample grid, early stopping, weight average")
+    callbacks: CallbackOptions = group(
+        CallbackOptions, "sample grid, early stopping, weight average, parallel backpropagation"
+    )
     wandb: WandbOptions = group(WandbOptions, "Weights & Biases")
 
 

@@ -191,10 +191,15 @@ def test_model_name_chooses_the_dataclass(tmp_path):
         ("model=3", "'model' is a group of options and cannot be 3. Set one of its options, such as model.name=..."),
         ("model=null", "'model' is a group of options and cannot be null."),
         ("callbacks.ema=false", "'callbacks.ema' is a group of options and cannot be false."),
+        ("callbacks.jacobi_backprop=true", "Set one of its options, such as callbacks.jacobi_backprop.enabled=..."),
         # choices
         ("model.name=mode", "Option 'model.name' cannot be 'mode'. Did you mean 'made'?"),
         ("model.name=[made]", "Option 'model.name' cannot be [\"made\"]."),
         ("data.name=mnist5", "Option 'data.name' cannot be 'mnist5'. Did you mean 'mnist5k'?"),
+        (
+            "callbacks.jacobi_backprop.solver=jakobi",
+            "jacobi_backprop.solver' cannot be 'jakobi'. Did you mean 'jacobi'?",
+        ),
         ("solver.name=jakobi", "Option 'solver.name' cannot be 'jakobi'. Did you mean 'jacobi'?"),
         ("trainer.precision=33", "Option 'trainer.precision' cannot be '33'."),
         # ranges

@@ -53,8 +53,8 @@ class Layer:
 
     def to(self, dtype: torch.dtype) -> Layer:
         """The layer in another type."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Layer(**{name: value if value is None else value.to(dtype) for name, value in values.items()})
+        given = {name: value.to(dtype) for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(self, **given)
 
     def from_input(self) -> Tensor:
         """What the input contributes to the gates, ``[time, batch, gates * hidden]``."""
@@ -138,7 +138,9 @@ class RNNCell(Cell):
 
     def step(self, factors: Tensor, v: Tensor, source: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         s = v if source is None else v + source
-        p = s * factors[..., 0, :]
+        slope = factors[..., 0, :]
+        # Like autograd's: what is not finite ends at a unit that is off, and goes on where a tanh is flat.
+        p = torch.where(slope > 0, s, 0) if self.nonlinearity == "relu" else s * slope
         return p, p @ weight
 
 

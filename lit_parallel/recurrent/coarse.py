@@ -84,7 +84,7 @@ def orthonormal(vectors: Tensor) -> Tensor:
     Args:
         vectors: ``[..., rank, size]``.
     """
-    vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+    vectors = vectors / vectors.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
     double = vectors.double()
     gram = double @ double.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-12 * vectors.shape[-2])

@@ -9,16 +9,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lit_parallel.recurrent.chain import Chain
+from lit_parallel.recurrent.chain import Chain, blocks_of
 from lit_parallel.recurrent.coarse import next_basis
-from lit_parallel.recurrent.layers import BackwardPass
+from lit_parallel.recurrent.layers import BackwardPass, can_be_captured
 from lit_parallel.recurrent.options import RecurrentOptions
 from lit_parallel.recurrent.solve import Gain, Outcome, Plan, measure_gain, solve_chain
 from lit_parallel.recurrent.stopwatch import Stopwatch, synchronize
+
+if TYPE_CHECKING:
+    from lit_parallel.recurrent.captured import CapturedPass
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,9 @@ _GAIN_EVERY = 50  # backward passes between two measurements of how errors grow
 _GUESSED_HALO = 32  # fresh weights forget within so many steps
 _AIM = 0.2  # part of the tolerance that halos are chosen for
 _REPEATS = 3
+_NOTHING = torch.empty(0)
+_TIMED_EVERY = 8  # passes, on a GPU: events cost the host
+_WARM = 2  # passes before one is captured: kernels are compiled, the halo has settled
 _GOOD_REDUCTION = 0.02  # of the error per sweep; a basis that does so is kept
 
 Shape = tuple[int, int, str, torch.dtype]  # time, batch, device, dtype
@@ -79,6 +86,7 @@ class _Tuned:
     ordinary_seconds: float = math.nan
     parallel_seconds: float = math.nan
     outcome: Outcome | None = None
+    captured: CapturedPass | None = None
 
 
 class Controller:
@@ -92,26 +100,44 @@ class Controller:
     def __init__(self, name: str, options: RecurrentOptions) -> None:
         self.name, self.options = name, options
         self.record: BackwardRecord | None = None
+        #: Set to compare the next pass with the ordinary one again.
+        self.recheck = False
         self._tuned: dict[Shape, _Tuned] = {}
         self._watches: dict[str, Stopwatch] = {}
+        self._times: dict[str, float | None] = {}
+        self._passes: dict[str, int] = {}
+        self._zeros: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
         self._probe: tuple[float, float, float] | None = None
 
     @contextlib.contextmanager
     def timed(self, phase: str, device: torch.device) -> Iterator[None]:
-        """Time a pass."""
+        """Time a pass, or on a GPU one of some."""
+        number = self._passes.get(phase, 0)
+        self._passes[phase] = number + 1
+        if device.type == "cuda" and number % _TIMED_EVERY:
+            yield
+            return
         watch = Stopwatch(device)
         watch.start()
         yield
         watch.stop()
         self._watches[phase] = watch
 
+    def given(self, grad: Tensor | None, like: Tensor) -> Tensor:
+        """A gradient, or zeros of a shape, the same ones every time."""
+        if grad is not None:
+            return grad
+        key = (like.shape, like.dtype, like.device)
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        return self._zeros[key]
+
     def refresh(self) -> BackwardRecord | None:
-        """The record, with the times that the device knows by now."""
+        """The record, with the newest times that the device knows."""
         if self.record is not None:
             for phase, watch in self._watches.items():
-                milliseconds = watch.milliseconds()
-                if milliseconds is not None:
-                    setattr(self.record, f"{phase}_ms", milliseconds)
+                self._times[phase] = watch.milliseconds() or self._times.get(phase)
+            self.record.forward_ms, self.record.backward_ms = self._times.get("forward"), self._times.get("backward")
         return self.record
 
     def slower(self, shape: Shape) -> bool | None:
@@ -126,15 +152,21 @@ class Controller:
         tuned = self._tuned[shape]
         return tuned.ordinary_seconds, tuned.parallel_seconds
 
-    def backward(self, task: BackwardPass) -> tuple[Tensor | None, ...]:
-        """All gradients of a layer."""
+    def backward(self, task: BackwardPass, *, compare: bool = True) -> tuple[Tensor | None, ...]:
+        """All gradients of a layer.
+
+        Args:
+            task: The pass.
+            compare: Whether it may be compared with the ordinary one; inside a compiled operator it cannot.
+        """
         shape = shape_of(task.input)
         known = self._tuned.get(shape)
         tuned = self._tuned[shape] = known or _Tuned(self.options.solver)
         auto = self.options.solver == "auto"
 
         def run() -> tuple[Tensor | None, ...]:
-            return task.gradients(lambda *arguments: self._solve(tuned, *arguments))
+            replayed = self._replay(tuned, task)
+            return replayed or task.gradients(lambda *arguments: self._solve(tuned, *arguments))
 
         if auto and known is None:
             self._choose(tuned, run, task.input)
@@ -146,10 +178,37 @@ class Controller:
         harder = auto and outcome.sweeps > 2 * tuned.sweeps_at_probe
         if harder and known is not None:
             self._choose(tuned, run, task.input)
-        if harder or (known is None and (auto or every)) or (every and tuned.calls % every == 0):
+        due = (known is None and (auto or every > 0)) or (every > 0 and tuned.calls % every == 0)
+        if compare and (harder or due or self.recheck):
+            self.recheck = False
             self._compare(tuned, run, task, grads)
             tuned.sweeps_at_probe = outcome.sweeps
         self._note(tuned, len(task.input))
+        return grads
+
+    def _replay(self, tuned: _Tuned, task: BackwardPass) -> tuple[Tensor | None, ...] | None:
+        """The gradients by a captured graph; None if there is none, or if one walk was not enough."""
+        plan, gain = tuned.plans.get(tuned.solver), tuned.gains.get(tuned.solver)
+        if plan is None or gain is None or plan.tolerance is None or plan.rank:
+            return None
+        if not _WARM <= tuned.ages.get(tuned.solver, 0) < _GAIN_EVERY or plan.block >= len(task.input):
+            return None
+        if tuned.captured is None or not tuned.captured.fits(task, plan.block):
+            if not can_be_captured(task):
+                return None
+            from lit_parallel.recurrent.captured import CapturedPass
+
+            tuned.captured = None  # its memory can be used again
+            tuned.captured = CapturedPass(task, plan.block)
+        grads, found = tuned.captured.run(task, plan.halo)
+        tuned.ages[tuned.solver] += 1
+        amplification = gain.of_border_errors(plan.block, blocks_of(len(task.input), plan.block))
+        outcome = Outcome(_NOTHING, plan.block + plan.halo, block=plan.block, halo=plan.halo)
+        outcome.residual, outcome.error = found.of_solution, found.of_solution * amplification
+        if not (outcome.error <= plan.tolerance or found.of_solution == 0):
+            return None
+        tuned.outcome = outcome
+        adapt_halo(plan, outcome, gain, len(task.input))
         return grads
 
     def _note(self, tuned: _Tuned, length: int) -> None:
@@ -240,7 +299,7 @@ class Controller:
         for solver in ("jacobi_gs", "two_level"):
             tuned.solver = solver
             tuned.ages.pop(solver, None)
-            for _ in range(2):  # the first compiles and measures, the second adapts
+            for _ in range(_WARM + 2):  # the first compiles and measures, others adapt, the last may capture
                 run()
             times[solver] = _seconds(run, input.device)
             if len(input) < 4 * tuned.plans[solver].block:

@@ -21,6 +21,8 @@ _FORWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "gru": torch._VF.gru,
     "lstm": torch._VF.lstm,
 }
+_MAX_KERNEL_HIDDEN = 512
+_PART_OF_MEMORY = 1 / 40  # that the tensors of a graph may take for as long as it lives
 _CUDNN_MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
 
 
@@ -101,10 +103,12 @@ class BackwardPass(ABC):
     Attributes:
         input: ``[time, batch, input]``.
         parameters: Which of the gradients belong to parameters.
+        needed: Which of the gradients are wanted.
     """
 
     input: Tensor
     parameters: slice
+    needed: tuple[bool, ...]
 
     @abstractmethod
     def gradients(self, solve: Solve) -> tuple[Tensor | None, ...]:
@@ -142,6 +146,16 @@ class LayerPass(BackwardPass):
     ) -> None:
         self.kind, self.layer, self.grads, self.needed, self.precision = kind, layer, grads, needed, precision
         self.input = layer.input
+
+    def by_kernels(self) -> bool:
+        """Whether kernels compute it."""
+        return triton_runs_on(self.input.device) and kernels_support(self.kind, self.layer)
+
+    def memory(self) -> int:
+        """Bytes that a pass takes, about."""
+        cell = cell_of(self.kind)
+        hidden = self.layer.output.numel() * self.layer.output.element_size()
+        return hidden * (4 + cell.factors + cell.gates + cell.pre_activations)
 
     @full_precision()
     def gradients(self, solve: Solve) -> tuple[Tensor | None, ...]:
@@ -203,12 +217,26 @@ def _column_sums(p: Tensor) -> Tensor:
     return torch.mv(p.t(), p.new_ones(len(p))) if p.is_cuda else p.sum(0)
 
 
+def kernels_support(kind: str, layer: Layer) -> bool:
+    """Whether there are kernels for a layer: they compute in float32, whatever narrower type it has."""
+    return kind in _FORWARD and layer.output.dtype != torch.float64 and layer.h_0.shape[-1] <= _MAX_KERNEL_HIDDEN
+
+
 def build_chain(kind: str, layer: Layer, grad_output: Tensor, last: Tensor, precision: str = "full") -> Chain:
     """The chain of a layer, with its kernel where there is one."""
-    if triton_runs_on(last.device):
+    if triton_runs_on(last.device) and kernels_support(kind, layer):
         from lit_parallel.kernels import recurrent as kernels
 
-        if kernels.supports(kind, layer):
-            return kernels.build_chain(kind, layer, grad_output, last, precision)
+        return kernels.build_chain(kind, layer, grad_output, last, precision)
     cell = cell_of(kind)
     return CellChain(cell, cell.linearise(layer), layer.weight_hh, grad_output, last)
+
+
+def can_be_captured(task: object) -> bool:
+    """Whether a graph may be made of a pass: by kernels, on a GPU, and not too large to keep its memory."""
+    if not isinstance(task, LayerPass) or task.input.device.type != "cuda":
+        return False
+    if not task.by_kernels() or torch.cuda.is_current_stream_capturing():
+        return False
+    memory = torch.cuda.get_device_properties(task.input.device).total_memory
+    return task.memory() < _PART_OF_MEMORY * memory

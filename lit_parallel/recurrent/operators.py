@@ -58,7 +58,8 @@ def _backward(
     layer = Layer(input, output, h_0, c_0, *weights)
     known = _controllers[controller]
     outer = (grads[0], grads[1], None if c_0 is None else grads[2])
-    return known.backward(LayerPass(kind, layer, outer, needed, known.options.precision))
+    with torch.autocast(input.device.type, enabled=False):  # a backward pass may be called under it
+        return known.backward(LayerPass(kind, layer, outer, needed, known.options.precision))
 
 
 class _Layer(torch.autograd.Function):
@@ -68,12 +69,15 @@ class _Layer(torch.autograd.Function):
         output, h, c = _forward(tuple(inputs), kind, controller)
         ctx.save_for_backward(*inputs, output)
         ctx.kind, ctx.controller = kind, controller
-        return output, h, h.new_empty(0) if inputs[2] is None else c
+        ctx.set_materialize_grads(False)  # zeros made anew in every pass cost the host more than they seem to
+        return output, h, None if inputs[2] is None else c
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         *inputs, output = ctx.saved_tensors
-        done = _backward(grads, tuple(inputs), output, ctx.needs_input_grad[:7], ctx.kind, ctx.controller)  # type: ignore[arg-type]
+        h_0, known = inputs[1], _controllers[ctx.controller]
+        outer = (known.given(grads[0], output), known.given(grads[1], h_0), known.given(grads[2], h_0))
+        done = _backward(outer, tuple(inputs), output, ctx.needs_input_grad[:7], ctx.kind, ctx.controller)
         return (*done, None, None)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_parallel.errors import UserError
 from lit_parallel.networks.rnn import Recurrence
 from lit_parallel.recurrent.chain import SteppedChain
 from lit_parallel.recurrent.controller import Controller
@@ -46,8 +47,8 @@ class CellModuleChain(SteppedChain):
         earlier = torch.empty_like(s)
         for column in range(s.shape[2]):
             grads[skipped:] = s[:, :, column]
-            (found,) = torch.autograd.grad(after, before, grads.flatten(0, 1), retain_graph=True)
-            earlier[:, :, column] = found.unflatten(0, grads.shape[:2])[skipped:]
+            (found,) = _differentiate(after, [before], grads)
+            earlier[:, :, column] = 0 if found is None else found.unflatten(0, grads.shape[:2])[skipped:]
         return s, earlier
 
     def _graph(self, place: int, stride: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,8 @@ class RecurrencePass(BackwardPass):
             with torch.enable_grad():
                 after = cell(x, before.flatten(0, 1))
         wanted = [w for w, needed in zip([x, *self.weights], (self.needed[0], *self.needed[2:]), strict=True) if needed]
-        found = iter(torch.autograd.grad(after, wanted, s.flatten(0, 1), allow_unused=True) if wanted else ())
+        _check_repeatable(after, self.output)
+        found = iter(_differentiate(after, wanted, s))
         of_input = next(found) if self.needed[0] else None
         of_input = of_input if of_input is None else of_input.unflatten(0, self.input.shape[:2])
         of_weights = [next(found) if needed else None for needed in self.needed[2:]]
@@ -119,6 +121,23 @@ class RecurrencePass(BackwardPass):
         with torch.enable_grad():
             outputs = run(self.recurrence, x, h_0, self.autocast)
         return list(outputs), [x, h_0, *self.weights], list(self.grads)
+
+
+def _differentiate(after: Tensor, wanted: list[Tensor], grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of a cell's run on many steps, given those of its states ``[steps, batch, hidden]``; None: unused."""
+    if not wanted or not after.requires_grad:
+        return (None,) * len(wanted)
+    return torch.autograd.grad(after, wanted, grads.flatten(0, 1), retain_graph=True, allow_unused=True)
+
+
+def _check_repeatable(again: Tensor, output: Tensor) -> None:
+    """Refuse a cell that gave other states in the forward pass: its gradient would be of something else."""
+    output = output.flatten(0, 1)
+    if bool((again - output).abs().amax() > 10 * torch.finfo(output.dtype).eps ** 0.5 * output.abs().amax()):
+        raise UserError(
+            "The cell's next state must follow from x_t and h alone, step by step (no dropout, no batch statistics): "
+            "take this layer out with lit_parallel.recurrent.restore(module), or set solver='sequential'."
+        )
 
 
 def run(recurrence: Recurrence, input: Tensor, h_0: Tensor, autocast: torch.dtype | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lit_parallel.recurrent.chain import Chain, blocks_of
+from lit_parallel.recurrent.chain import Chain, Walk, blocks_of
 from lit_parallel.recurrent.coarse import CoarseSpace, coarse_space
 
 _TINY = 1e-30
@@ -85,23 +86,30 @@ class Outcome:
 
 
 def measure_gain(chain: Chain, plan: Plan) -> Gain:
-    """Walk random vectors through halo and block: what survives the halo is what an error at a border looks like."""
+    """Walk random vectors through halo and block: what survives the halo is what an error at a border looks like.
+
+    A halo may also let nothing through, and a later one may be shorter: the vectors go through the blocks alone, too.
+    """
     blocks = blocks_of(chain.length, plan.block)
     generator = torch.Generator(chain.last.device).manual_seed(1)
     shape = (blocks, chain.batch, 1, chain.state_size)
     start = torch.randn(shape, generator=generator, dtype=chain.last.dtype, device=chain.last.device)
     halo = max(plan.halo, plan.block)
     walk = chain.walk(plan.block, halo, start, source=False)
-    arrived = _norms(walk.arrived)
-    used = arrived > _TINY  # what is forgotten altogether does not matter
-    inside = torch.where(used, walk.energy.sqrt() / arrived.clamp_min(_TINY), 0).amax()
+    inside = torch.maximum(_inside(walk), _inside(chain.walk(plan.block, 0, start, source=False)))
     # A block walks the whole halo, or what there is of it up to the end of the chain.
     ends = torch.arange(1, blocks + 1, device=start.device) * plan.block + halo
     steps = ends.clamp_max(chain.length) - ends + halo + plan.block
-    growth = _norms(walk.left) / _norms(start)
+    growth = (_norms(walk.left) / _norms(start)).clamp_min(_TINY)  # forgotten altogether, but not in one step
     per_step = torch.where(steps >= min(halo, chain.length // 2), growth.amax((1, 2)) ** (1 / steps), 0).amax()
     numbers = torch.stack([inside, per_step]).tolist()
     return Gain(_SAFETY * numbers[0], numbers[1])
+
+
+def _inside(walk: Walk) -> Tensor:
+    """Largest norm of what a block's steps leave behind, relative to what arrived at its border."""
+    arrived = _norms(walk.arrived)
+    return torch.where(arrived > _TINY, walk.energy.sqrt() / arrived.clamp_min(_TINY), 0).amax()
 
 
 def solve_chain(
@@ -135,21 +143,19 @@ def solve_chain(
             outcome.residual = outcome.error = 0.0
         return outcome
     pending = chain.disagreement(walk)
-    if not plan.rank:
+    if not plan.rank:  # with a coarse correction, hardly ever is the first walk the last
         meanwhile()
     amplification = 1.0 if gain is None else gain.of_border_errors(plan.block, blocks)
     space: CoarseSpace | None = None
     last_sweep = blocks + 1  # with one level, all is exact by then
+    relative_before = math.nan
     while True:
         found = pending()
         outcome.residual = found.of_solution
         if not math.isfinite(found.of_solution):
             return _sequentially(chain, into, outcome)
-        if found.of_solution == 0:
-            outcome.error = 0.0
-            return outcome
         errors = walk.left[1:] - walk.arrived[:-1]
-        if plan.rank and outcome.sweeps == 1:
+        if plan.rank and outcome.sweeps == 1 and found.of_solution > 0:
             space = outcome.space = coarse_space(chain, plan.block, plan.rank, basis)
             outcome.iterations += plan.block * (1 if basis is not None else 2)
             amplification = _SAFETY * float(space.amplification)
@@ -159,13 +165,23 @@ def solve_chain(
             energy = walk.energy.sum((0, 2))
             norms = errors.square().sum((0, 2, 3))
             relative = math.sqrt(torch.where(energy > 0, norms / energy, norms).amax().item())
-            if not math.isfinite(relative):
-                return _sequentially(chain, into, outcome)
-        previous, outcome.error = outcome.error, relative * amplification
-        if previous > 0:
-            outcome.reductions.append(outcome.error / previous)
         at_rounding = found.of_border <= 8 * torch.finfo(into.dtype).eps and outcome.sweeps > 1
-        if outcome.error <= plan.tolerance or at_rounding:  # the latter is as good as sequential evaluation
+        unseen = (relative == 0 or at_rounding) and _squares_mislead(walk, plan.tolerance)
+        if unseen or not math.isfinite(relative):
+            return _sequentially(chain, into, outcome)
+        if relative_before > 0:
+            outcome.reductions.append(relative / relative_before)
+        if gain is not None and space is None and outcome.reductions:
+            # The sweeps themselves show how slowly errors fade; the gain may be of weights that forgot faster.
+            observed = outcome.reductions[-1] ** (1 / plan.block)
+            seen = dataclasses.replace(gain, per_step=max(gain.per_step, observed))
+            amplification = max(amplification, seen.of_border_errors(plan.block, blocks))
+        relative_before, outcome.error = relative, relative * amplification if relative > 0 else 0.0
+        # What the first walk misses lies in no subspace. What is at rounding is as good as sequential evaluation.
+        measured = space is None or outcome.sweeps > 1 or relative == 0
+        if (measured and outcome.error <= plan.tolerance) or at_rounding:
+            if plan.rank and outcome.sweeps == 1:
+                meanwhile()
             return outcome
         if space is not None and outcome.reductions and not outcome.reductions[-1] < 0.7:
             # The subspace misses what matters: from here on one border per sweep.
@@ -190,6 +206,14 @@ def _sequentially(chain: Chain, into: Tensor, outcome: Outcome) -> Outcome:
     outcome.residual = outcome.error = 0.0
     outcome.sequential = True
     return outcome
+
+
+def _squares_mislead(walk: Walk, tolerance: float) -> bool:
+    """Whether a residual may seem to be nothing because numbers vanish, or overflow, when they are squared."""
+    energy = walk.energy.sum((0, 2))
+    smallest = torch.finfo(energy.dtype).tiny / tolerance**2
+    vanishing = (energy < smallest) & (walk.left != 0).any(-1).any(2).any(0)
+    return bool((vanishing | ~energy.isfinite()).any())
 
 
 def _norms(x: Tensor) -> Tensor:

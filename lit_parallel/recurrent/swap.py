@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import PackedSequence
 
-from lit_parallel.errors import UserError
+from lit_parallel.errors import UserError, did_you_mean
 from lit_parallel.networks.rnn import Recurrence
-from lit_parallel.options import check_options
+from lit_parallel.options import check_options, fields_of
 from lit_parallel.recurrent.controller import BackwardRecord, Controller, shape_of
 from lit_parallel.recurrent.operators import recurrent_layer, register
 from lit_parallel.recurrent.options import RecurrentOptions
@@ -45,20 +45,23 @@ def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **ch
         UserError: An option is out of range, or layers are parallel already.
     """
     options = dataclasses.replace(options or RecurrentOptions())
+    known = fields_of(options)
     for name, value in chosen.items():
-        if name not in {field.name for field in dataclasses.fields(options)}:
-            raise UserError(f"There is no option '{name}' of parallel backpropagation.")
+        if name not in known:
+            raise UserError(f"There is no option '{name}' of parallel backpropagation.{did_you_mean(name, known)}")
         setattr(options, name, value)
     check_options(options)
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, (*_KINDS, Recurrence))]
+    for name, layer in layers:
+        if _is_parallel(layer):
+            raise UserError(f"{_shown(name)} is parallel already: call lit_parallel.recurrent.restore first.")
     names = []
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, _KINDS) and _has_own_forward(layer):
+    for name, layer in layers:
+        if _has_own_forward(layer):
             warnings.warn(f"{_shown(name)} has a forward of its own and keeps its backward pass.", stacklevel=2)
         elif isinstance(layer, nn.RNNBase) and layer.proj_size > 0:
             warnings.warn(f"{_shown(name)} has proj_size={layer.proj_size} and keeps its backward pass.", stacklevel=2)
-        elif isinstance(layer, (*_KINDS, Recurrence)):
-            if isinstance(layer.__dict__.get("forward"), _ParallelForward):
-                raise UserError(f"{_shown(name)} is parallel already: call lit_parallel.recurrent.restore first.")
+        else:
             made = ParallelRecurrence if isinstance(layer, Recurrence) else ParallelForward
             layer.forward = made(layer, name, options)  # type: ignore[method-assign]
             names.append(name)
@@ -68,7 +71,7 @@ def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **ch
 def restore(module: nn.Module) -> None:
     """Undo :func:`parallelize`."""
     for layer in module.modules():
-        if isinstance(layer.__dict__.get("forward"), _ParallelForward):
+        if _is_parallel(layer):
             del layer.forward
 
 
@@ -90,8 +93,13 @@ def _forwards(module: nn.Module) -> Iterator[_ParallelForward]:
             yield forward
 
 
+def _is_parallel(layer: nn.Module) -> bool:
+    return isinstance(layer.__dict__.get("forward"), _ParallelForward)
+
+
 def _has_own_forward(layer: nn.Module) -> bool:
-    return not any(type(layer).forward is kind.forward for kind in _KINDS)
+    known = [kind.forward for kind in (*_KINDS, Recurrence)]
+    return "forward" in layer.__dict__ or type(layer).forward not in known
 
 
 def _shown(name: str) -> str:
@@ -103,30 +111,33 @@ class _ParallelForward:
 
     def __init__(self, module: nn.Module, name: str, options: RecurrentOptions) -> None:
         self.module, self.name, self.options = module, name, options
-        self.controllers: dict[str, Controller] = {}
-        self.numbers: dict[str, int] = {}
+        self._parts = _parts_of(module)
         self._ordinary_calls = 0
         self._told: set[str] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Register a controller for every layer and direction: now, as a compiler cannot do it later."""
+        names = {part: f"{self.name}.{part}" if self.name else part for part in self._parts}
+        self.controllers = {part: Controller(name, self.options) for part, name in names.items()}
+        self.numbers = {part: register(controller) for part, controller in self.controllers.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"controllers": {}, "numbers": {}}  # what was learnt belongs to a device and a process
+        learnt = ("controllers", "numbers")  # which belongs to a device and a process
+        return {name: value for name, value in self.__dict__.items() if name not in learnt}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def _ordinary(self, *arguments: Any) -> Any:
         return type(self.module).forward(self.module, *arguments)
-
-    def _number(self, suffix: str) -> int:
-        """The number of the controller of one layer and direction."""
-        if suffix not in self.numbers:
-            name = f"{self.name}.{suffix}" if self.name else suffix
-            self.controllers[suffix] = Controller(name, self.options)
-            self.numbers[suffix] = register(self.controllers[suffix])
-        return self.numbers[suffix]
 
     def _is_slower(self, input: Tensor) -> bool:
         """Whether the ordinary way was measured to be faster for such an input; says so once."""
         shape = shape_of(input)
         verdicts = [controller.slower(shape) for controller in self.controllers.values()]
-        if not verdicts or None in verdicts:
+        if None in verdicts:
             return False
         times = [controller.seconds(shape) for controller in self.controllers.values()]
         ordinary, parallel = (sum(column) for column in zip(*times, strict=True))
@@ -174,23 +185,25 @@ class ParallelForward(_ParallelForward):
         x = input if batched else input.unsqueeze(1)
         if batched and module.batch_first:
             x = x.transpose(0, 1)
-        if not torch.compiler.is_compiling() and self._take_ordinary(x):
-            return self._ordinary(input, hx)
         directions = 2 if module.bidirectional else 1
         if hx is None:
             shape = (module.num_layers * directions, x.shape[1], module.hidden_size)
             h_0 = x.new_zeros(shape)
             c_0 = torch.zeros_like(h_0) if is_lstm else None
         else:
-            given = hx if is_lstm else (hx, None)
-            h_0, c_0 = (s if s is None or batched else s.unsqueeze(1) for s in given)
-            assert h_0 is not None
+            h_0, c_0 = hx if is_lstm else (hx, None)
+            if not batched:
+                h_0, c_0 = h_0.unsqueeze(1), None if c_0 is None else c_0.unsqueeze(1)
         # It looks for the batch where batch_first says.
         shown = x.transpose(0, 1) if module.batch_first else x
         module.check_forward_args(shown, (h_0, c_0) if is_lstm else h_0, None)  # type: ignore[arg-type]
         dtype = _autocast_dtype(x)
+        if dtype is not None and x.device.type == "cpu" and isinstance(module, nn.GRU):
+            dtype = h_0.dtype  # there only its products are cast
         if dtype is not None:
             x, h_0, c_0 = x.to(dtype), h_0.to(dtype), None if c_0 is None else c_0.to(dtype)
+        if not torch.compiler.is_compiling() and self._take_ordinary(x):
+            return self._ordinary(input, hx)
 
         last_h: list[Tensor] = []
         last_c: list[Tensor | None] = []
@@ -198,16 +211,16 @@ class ParallelForward(_ParallelForward):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
-                suffix = f"l{layer}{'_reverse' if direction else ''}"
+                part = self._parts[index]
                 weights = [
-                    getattr(module, f"{name}_{suffix}")
+                    getattr(module, f"{name}_{part}")
                     for name in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
                 ]
                 if dtype is not None:
                     weights = [weight.to(dtype) for weight in weights]
                 output, h, c = recurrent_layer(
                     self._kind,
-                    self._number(suffix),
+                    self.numbers[part],
                     x.flip(0) if direction else x,
                     h_0[index],
                     None if c_0 is None else c_0[index],
@@ -260,7 +273,7 @@ class ParallelRecurrence(_ParallelForward):
             or not torch.is_grad_enabled()
             or not any(x.requires_grad for x in differentiable)
             or input.dim() not in (2, 3)
-            or (h_0 is not None and h_0.dim() != input.dim())
+            or (h_0 is not None and (h_0.dim() != input.dim() or len(h_0) != 1))
         ):
             return self._ordinary(input, h_0)
         batched = input.dim() == 3
@@ -273,11 +286,18 @@ class ParallelRecurrence(_ParallelForward):
             h_0 = x.new_zeros(1, x.shape[1], module.hidden_size)
         elif not batched:
             h_0 = h_0.unsqueeze(1)
-        self._number("cell")
         output, h = CellRecurrence.apply(module, self.controllers["cell"], x, h_0[0], *weights)
         if not batched:
             return output.squeeze(1), h
         return output.transpose(0, 1) if module.batch_first else output, h[None]
+
+
+def _parts_of(module: nn.Module) -> list[str]:
+    """What has a backward pass of its own: each layer in each direction, as in the parameters' names, or the cell."""
+    if not isinstance(module, nn.RNNBase):
+        return ["cell"]
+    directions = ("", "_reverse") if module.bidirectional else ("",)
+    return [f"l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
 
 
 def _stack(states: Sequence[Tensor | None], batched: bool) -> Tensor:
