@@ -12,7 +12,8 @@ take turns. The first passes of the parallel way compile and tune; they are not 
 Errors are norms over all gradients together, relative to float64. The *error* is that to a run in float64, forward pass
 included; the *backward's error* that to a float64 backward pass at the very hidden states of the float32 forward pass,
 which is all that a backward pass can be held to: trained to remember, a network amplifies the forward pass's rounding,
-for both ways alike. A speedup counts if the error is at most 1e-6; with a star if only the backward's is.
+for both ways alike. A speedup counts if the error is at most 1e-6, with a star if only the backward's is; where
+``auto`` fell back on the ordinary way, there is no other error to hold it to.
 
 ``--tf32 on`` lets cuDNN round to TF32, as it does by default, in the ordinary way; the parallel way (and the ordinary
 one where ``auto`` falls back on it) never does here.
@@ -136,6 +137,8 @@ def measure(problem: Problem, solvers: Sequence[str], args: argparse.Namespace) 
 
 def judge(row: dict[str, Any]) -> dict[str, bool]:
     """Whether a row's speedups count, and whether only because the forward pass is what differs from float64."""
+    if row["solved_by"] == _ORDINARY:  # the baseline itself, or where auto fell back on it
+        return {"counts": True, "forward_differs": False}
     exact, backward_exact = (bool(row[name] <= LARGEST_ERROR) for name in ("error", "backward_error"))
     return {"counts": exact or backward_exact, "forward_differs": backward_exact and not exact}
 

@@ -66,7 +66,7 @@ def _step_rnn(
     s = v
     if SOURCE:
         s += g
-    p = s * (1.0 - y * y) if KIND == 0 else tl.where(y > 0.0, s, s * 0.0)
+    p = s * (1.0 - y * y) if KIND == 0 else tl.where(y > 0.0, s, 0.0)
     if KEEP:
         at = (t.to(tl.int64) * B + b)[:, None] * H + h[None, :]
         tl.store(gradients + at, p, mask=on[:, None] & (h < H)[None, :])
@@ -136,7 +136,7 @@ def _step_streamed(
     new_c = of_c
     if KIND < 2:
         y = tl.load(factors + at * H + h[None, :], mask=mask, other=0.0)
-        p_0 = s * (1.0 - y * y) if KIND == 0 else tl.where(y > 0.0, s, s * 0.0)
+        p_0 = s * (1.0 - y * y) if KIND == 0 else tl.where(y > 0.0, s, 0.0)
         p_0 = tl.where(mask, p_0, 0.0)
         largest = tl.abs(p_0)
         squares += p_0 * p_0
@@ -391,11 +391,10 @@ def read_sums(sums: Tensor) -> Disagreement:
     """What :meth:`KernelChain.border_sums` says, on the host."""
     relative = ratio = 0.0
     for residual, energy, largest in sums.tolist():
-        of_sequence = residual / energy if energy > 0 else residual
-        relative = max(relative, of_sequence) if of_sequence == of_sequence else of_sequence
-        ratio = max(ratio, largest)
-        if not math.isfinite(relative):
+        if not math.isfinite(residual + energy):
             return Disagreement(math.inf, math.inf)
+        relative = max(relative, residual / energy if energy > 0 else residual)
+        ratio = max(ratio, largest)
     return Disagreement(math.sqrt(relative), math.sqrt(ratio))
 
 

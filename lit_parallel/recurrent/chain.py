@@ -71,6 +71,7 @@ class Chain(ABC):
         ratio = torch.where(squared > 0, squared / size.clamp_min(1e-30), 0)
         energy = walk.energy.sum((0, 2))
         relative = torch.where(energy > 0, squared.sum((0, 2)) / energy, squared.sum((0, 2)))
+        relative = torch.where(energy.isfinite(), relative, torch.inf)
         numbers = torch.stack([relative.amax(), ratio.amax()]).sqrt()
         return lambda: Disagreement(*numbers.tolist())
 

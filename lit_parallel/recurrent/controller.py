@@ -30,6 +30,8 @@ _GAIN_EVERY = 50  # backward passes between two measurements of how errors grow
 _GUESSED_HALO = 32  # fresh weights forget within so many steps
 _AIM = 0.2  # part of the tolerance that halos are chosen for
 _REPEATS = 3
+_SHAPES = 4  # of input, that are tuned one by one
+_MOST_SHAPES = 64  # that are remembered
 _NOTHING = torch.empty(0)
 _TIMED_EVERY = 8  # passes, on a GPU: events cost the host
 _WARM = 2  # passes before one is captured: kernels are compiled, the halo has settled
@@ -83,6 +85,7 @@ class _Tuned:
     basis: Tensor | None = None
     calls: int = 0
     sweeps_at_probe: int = 1
+    halo_of_gain: int = 0
     ordinary_seconds: float = math.nan
     parallel_seconds: float = math.nan
     outcome: Outcome | None = None
@@ -140,9 +143,22 @@ class Controller:
             self.record.forward_ms, self.record.backward_ms = self._times.get("forward"), self._times.get("backward")
         return self.record
 
+    def _find(self, shape: Shape) -> _Tuned | None:
+        """What was learnt about a shape; with many shapes, a new one goes by what is known of the one nearest to it."""
+        alike = [known for known in self._tuned if known[2:] == shape[2:]]
+        if shape in self._tuned or len(alike) < _SHAPES:
+            return self._tuned.get(shape)
+        nearest = min(alike, key=lambda known: abs(math.log((known[0] * known[1]) / (shape[0] * shape[1]))))
+        theirs = self._tuned[nearest]
+        copy = _Tuned(theirs.solver, ordinary_seconds=theirs.ordinary_seconds, parallel_seconds=theirs.parallel_seconds)
+        if len(self._tuned) >= _MOST_SHAPES:
+            self._tuned.pop(next(iter(self._tuned)))
+        self._tuned[shape] = copy
+        return copy
+
     def slower(self, shape: Shape) -> bool | None:
         """Whether the ordinary way is faster, forward pass included; None if that was not measured."""
-        tuned = self._tuned.get(shape)
+        tuned = self._find(shape)
         if tuned is None or math.isnan(tuned.ordinary_seconds):
             return None
         return tuned.ordinary_seconds < tuned.parallel_seconds
@@ -160,15 +176,18 @@ class Controller:
             compare: Whether it may be compared with the ordinary one; inside a compiled operator it cannot.
         """
         shape = shape_of(task.input)
-        known = self._tuned.get(shape)
-        tuned = self._tuned[shape] = known or _Tuned(self.options.solver)
+        known = self._find(shape)
+        if known is None:
+            known_before, tuned = False, self._tuned.setdefault(shape, _Tuned(self.options.solver))
+        else:
+            known_before, tuned = True, known
         auto = self.options.solver == "auto"
 
         def run() -> tuple[Tensor | None, ...]:
             replayed = self._replay(tuned, task)
             return replayed or task.gradients(lambda *arguments: self._solve(tuned, *arguments))
 
-        if auto and known is None:
+        if auto and not known_before:
             self._choose(tuned, run, task.input)
         with self.timed("backward", task.input.device):
             grads = run()
@@ -176,9 +195,9 @@ class Controller:
         outcome, every = tuned.outcome, self.options.probe_every
         assert outcome is not None
         harder = auto and outcome.sweeps > 2 * tuned.sweeps_at_probe
-        if harder and known is not None:
+        if harder and known_before:
             self._choose(tuned, run, task.input)
-        due = (known is None and (auto or every > 0)) or (every > 0 and tuned.calls % every == 0)
+        due = (not known_before and (auto or every > 0)) or (every > 0 and tuned.calls % every == 0)
         if compare and (harder or due or self.recheck):
             self.recheck = False
             self._compare(tuned, run, task, grads)
@@ -193,6 +212,9 @@ class Controller:
             return None
         if not _WARM <= tuned.ages.get(tuned.solver, 0) < _GAIN_EVERY or plan.block >= len(task.input):
             return None
+        if plan.halo > 1.3 * tuned.halo_of_gain:  # it remembers longer than when its gain was measured
+            tuned.ages[tuned.solver] = _GAIN_EVERY
+            return None
         if tuned.captured is None or not tuned.captured.fits(task, plan.block):
             if not can_be_captured(task):
                 return None
@@ -205,7 +227,7 @@ class Controller:
         amplification = gain.of_border_errors(plan.block, blocks_of(len(task.input), plan.block))
         outcome = Outcome(_NOTHING, plan.block + plan.halo, block=plan.block, halo=plan.halo)
         outcome.residual, outcome.error = found.of_solution, found.of_solution * amplification
-        if not (outcome.error <= plan.tolerance or found.of_solution == 0):
+        if not outcome.error <= plan.tolerance:
             return None
         tuned.outcome = outcome
         adapt_halo(plan, outcome, gain, len(task.input))
@@ -242,6 +264,7 @@ class Controller:
             tuned.gains[solver], tuned.ages[solver] = measure_gain(chain, plan), 0
             if new:
                 self._first_halo(plan, tuned.gains[solver], chain)
+            tuned.halo_of_gain = plan.halo
         tuned.ages[solver] = tuned.ages.get(solver, 0) + 1
         basis = tuned.basis if plan.rank else None
         outcome = solve_chain(chain, plan, tuned.gains.get(solver), into, basis, meanwhile)
@@ -267,7 +290,9 @@ class Controller:
         block = 1
         if solver == "jacobi_gs":
             chosen = chain.preferred_block(_GUESSED_HALO)
-            block = options.block_size or (chosen if iterations is None else min(chosen, max(1, iterations // 2)))
+            block = options.block_size or (chosen if iterations is None else max(1, min(chosen, iterations // 2)))
+        if iterations is not None:
+            block = min(block, iterations)
         block = min(block, length)
         halo = _GUESSED_HALO if iterations is None else max(0, iterations - block)
         return Plan(block, min(halo, length - block), 0, checked)

@@ -51,15 +51,18 @@ def _forward(inputs: tuple[Any, ...], kind: str, controller: int) -> tuple[Tenso
 
 def _backward(
     grads: tuple[Tensor, Tensor, Tensor], inputs: tuple[Any, ...], output: Tensor, needed: tuple[bool, ...], kind: str,
-    controller: int,
+    controller: int, *, compare: bool = True,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     refuse_second_derivatives()
     input, h_0, c_0, *weights = inputs
     layer = Layer(input, output, h_0, c_0, *weights)
     known = _controllers[controller]
     outer = (grads[0], grads[1], None if c_0 is None else grads[2])
+    task = LayerPass(kind, layer, outer, needed, known.options.precision)
+    if not torch.is_autocast_enabled(input.device.type):
+        return known.backward(task, compare=compare)
     with torch.autocast(input.device.type, enabled=False):  # a backward pass may be called under it
-        return known.backward(LayerPass(kind, layer, outer, needed, known.options.precision))
+        return known.backward(task, compare=compare)
 
 
 class _Layer(torch.autograd.Function):
@@ -122,7 +125,7 @@ def _layer_backward(
 ) -> list[Tensor]:
     inputs = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
     with torch.no_grad():
-        done = _backward((grad_output, grad_h, grad_c), inputs, output, tuple(needed), kind, controller)
+        done = _backward((grad_output, grad_h, grad_c), inputs, output, tuple(needed), kind, controller, compare=False)
     return [
         input.new_empty(0) if grad is None else grad.contiguous().clone() for grad in done
     ]  # an operator's results are tensors, and share no memory

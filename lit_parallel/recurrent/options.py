@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from lit_parallel.options import option
+from lit_parallel.errors import UserError
+from lit_parallel.options import check_options, option
 
 RECURRENT_SOLVERS = ("auto", "jacobi", "jacobi_gs", "two_level", "sequential")
 RECURRENT_PRECISIONS = ("full", "bf16")
@@ -33,3 +34,25 @@ class RecurrentOptions:
     probe_every: int = option(
         200, "steps between two comparisons with the ordinary backward pass (0: none but auto's first)", minimum=0
     )
+
+
+def check_recurrent_options(options: RecurrentOptions) -> None:
+    """Check every option, and that they go together.
+
+    Raises:
+        UserError: If not.
+    """
+    check_options(options)
+    solver = options.solver
+    if options.iterations is not None and solver not in ("jacobi", "jacobi_gs"):
+        raise UserError(
+            f"iterations belongs to solver=jacobi or jacobi_gs; solver={solver} iterates as tolerance says."
+        )
+    if options.iterations is not None and options.tolerance is not None:
+        raise UserError("Either iterations (unchecked) or tolerance (checked) can be set: leave one of them out.")
+    if options.rank is not None and solver not in ("two_level", "auto"):
+        raise UserError(
+            f"rank belongs to solver=two_level, and solver={solver} has no coarse correction: leave it out."
+        )
+    if options.block_size is not None and solver in ("jacobi", "sequential"):
+        raise UserError(f"block_size belongs to solver=jacobi_gs or two_level, not {solver}: leave it out.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,10 +16,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lit_parallel.errors import UserError, did_you_mean
 from lit_parallel.networks.rnn import Recurrence
-from lit_parallel.options import check_options, fields_of
+from lit_parallel.options import fields_of
 from lit_parallel.recurrent.controller import BackwardRecord, Controller, shape_of
 from lit_parallel.recurrent.operators import recurrent_layer, register
-from lit_parallel.recurrent.options import RecurrentOptions
+from lit_parallel.recurrent.options import RecurrentOptions, check_recurrent_options
 from lit_parallel.recurrent.own_cell import CellRecurrence
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **ch
         if name not in known:
             raise UserError(f"There is no option '{name}' of parallel backpropagation.{did_you_mean(name, known)}")
         setattr(options, name, value)
-    check_options(options)
+    check_recurrent_options(options)
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, (*_KINDS, Recurrence))]
     for name, layer in layers:
         if _is_parallel(layer):
@@ -62,7 +63,7 @@ def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **ch
         elif isinstance(layer, nn.RNNBase) and layer.proj_size > 0:
             warnings.warn(f"{_shown(name)} has proj_size={layer.proj_size} and keeps its backward pass.", stacklevel=2)
         else:
-            made = ParallelRecurrence if isinstance(layer, Recurrence) else ParallelForward
+            made = ParallelRecurrence if isinstance(layer, Recurrence) else _rnn_forward()
             layer.forward = made(layer, name, options)  # type: ignore[method-assign]
             names.append(name)
     return names
@@ -145,7 +146,7 @@ class _ParallelForward:
             return False
         auto = self.options.solver == "auto"
         self._tell_once(
-            str(shape),
+            "slower",
             f"{_shown(self.name)} trains faster with its ordinary backward pass for {shape[0]} steps of {shape[1]} "
             f"sequences ({1000 * ordinary:.2f} ms against {1000 * parallel:.2f} ms)"
             + (", which is used." if auto else "; callbacks.jacobi_backprop.solver=auto would use it."),
@@ -157,7 +158,11 @@ class _ParallelForward:
             return False
         self._ordinary_calls += 1
         every = self.options.probe_every
-        return every == 0 or self._ordinary_calls % every != 0  # now and then: is it still so?
+        if every == 0 or self._ordinary_calls % every != 0:
+            return True
+        for controller in self.controllers.values():
+            controller.recheck = True  # now and then: is it still so?
+        return False
 
     def _tell_once(self, key: str, message: str) -> None:
         if key not in self._told:
@@ -170,8 +175,13 @@ class ParallelForward(_ParallelForward):
 
     module: nn.RNNBase
 
+    @torch.compiler.disable
     def __call__(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """The module's own forward: same arguments, same results."""
+        return self.run(input, hx)
+
+    def run(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        """The same, as a compiler may trace it."""
         module = self.module
         if isinstance(input, PackedSequence):
             self._tell_once("packed", f"{_shown(self.name)} was given a packed sequence and keeps its backward pass.")
@@ -290,6 +300,17 @@ class ParallelRecurrence(_ParallelForward):
         if not batched:
             return output.squeeze(1), h
         return output.transpose(0, 1) if module.batch_first else output, h[None]
+
+
+class TracedForward(ParallelForward):
+    """The same for a compiler that was told to trace recurrent layers (``torch._dynamo.config.allow_rnn``)."""
+
+    __call__ = ParallelForward.run
+
+
+def _rnn_forward() -> type[ParallelForward]:
+    dynamo = sys.modules.get("torch._dynamo.config")
+    return TracedForward if getattr(dynamo, "allow_rnn", False) else ParallelForward
 
 
 def _parts_of(module: nn.Module) -> list[str]:

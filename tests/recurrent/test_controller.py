@@ -9,6 +9,7 @@ import torch
 from recurrent_helpers import build, gradients, largest_error
 from torch import nn
 
+from lit_parallel.errors import UserError
 from lit_parallel.networks.rnn import Recurrence, SoftplusCell, keep_state
 from lit_parallel.recurrent import BackwardRecord, controller, parallelize, records, swap
 from lit_parallel.recurrent.controller import forgetting_steps
@@ -214,3 +215,36 @@ def test_own_cells_are_compared_as_well(monkeypatch):
 )
 def test_steps_until_a_vector_is_forgotten(target, per_step, length, steps):
     assert forgetting_steps(target, per_step, length) == steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "two_level", "iterations": 5},
+        {"iterations": 5},
+        {"solver": "jacobi", "iterations": 5, "tolerance": 1e-3},
+        {"solver": "jacobi_gs", "rank": 3},
+        {"solver": "jacobi", "block_size": 3},
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_in_one_line(options):
+    with pytest.raises(UserError) as error:
+        parallelize(nn.LSTM(2, 3), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_k_iterations_walk_k_steps_whatever_the_block():
+    module = nn.RNN(2, 3)
+    parallelize(module, solver="jacobi_gs", iterations=3, block_size=7, probe_every=0)
+    module(torch.randn(20, 2))[0].sum().backward()
+    assert records(module)["l0"].iterations == 3
+
+
+def test_many_lengths_are_not_all_tuned_one_by_one():
+    module = nn.GRU(2, 3)
+    parallelize(module)
+    for length in range(5, 100):
+        module(torch.randn(length, 2))[0].sum().backward()
+    controller = module.forward.controllers["l0"]
+    assert len(controller._tuned) <= 64
+    assert sum(len(tuned.plans) > 1 for tuned in controller._tuned.values()) <= 4

@@ -90,7 +90,9 @@ def test_gradients_of_any_shape_are_autograds(
     module.weight_hh_l0.data *= scale
     arguments = torch.randn(length, batch, input_size).double(), states_of(module, batch) if given else ()
     expected = gradients(module, *arguments)
-    parallelize(module, solver=solver, block_size=block, rank=rank, probe_every=0)
+    chosen = {} if solver == "jacobi" else {"block_size": block}
+    chosen |= {"rank": rank} if solver in ("two_level", "auto") else {}
+    parallelize(module, solver=solver, probe_every=0, **chosen)
     for _ in range(2):  # from what was measured, and from what was learnt
         ours = gradients(module, *arguments)
         # Of each layer together: a dying gradient, such as an initial state's, is exact to the layer's own size.
