@@ -22,7 +22,6 @@ from lit_parallel.recurrent.chain import Chain, Disagreement, Walk, blocks_of
 
 _MAX_RESIDENT = 128  # hidden units whose matrix stays on the chip
 _KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
-_PRODUCTS = {"full": "bf16x6", "bf16": "bf16", "coarse": "tf32"}
 
 
 @triton.jit
@@ -100,12 +99,16 @@ def _multiply(
         of_w = more[:, None] & (h < H)[None, :]
         p = tl.load(aside + begin, mask=of_p, other=0.0)
         w = tl.load(weight + begin * H, mask=of_w, other=0.0)
-        acc = tl.dot(p, w, acc)
-        if FULL:  # the product of both lower halves is below float32's last bit
+        if FULL:
+            # The product of both lower halves is below float32's last bit. Tensor cores round their sums towards zero,
+            # all in one direction: few terms are left to them, the smallest first; the rest is added outside.
             p_low = tl.load(aside + size + begin, mask=of_p, other=0.0)
             w_low = tl.load(weight + K * H + begin * H, mask=of_w, other=0.0)
-            acc = tl.dot(p_low, w, acc)
-            acc = tl.dot(p, w_low, acc)
+            part = tl.dot(p_low, w)
+            part = tl.dot(p, w_low, part)
+            acc += tl.dot(p, w, part)
+        else:
+            acc = tl.dot(p, w, acc)
     return acc
 
 
@@ -284,7 +287,7 @@ class KernelChain(Chain):
             weight: ``weight_hh``, ``[gates * hidden, hidden]``.
             source: Gradient of the output, ``[time, batch, hidden]``.
             last: Gradient of the final state, ``[batch, states * hidden]``.
-            precision: ``full`` (float32 as six products of bfloat16, errors of 1e-7) or ``bf16``.
+            precision: ``full`` (float32, as products of halves of 16 bits) or ``half`` (the upper half alone).
         """
         cell: Cell = cell_of(kind)
         self.kind, self.precision, self.gates = kind, precision, cell.gates
@@ -344,10 +347,14 @@ class KernelChain(Chain):
             self.resident,
             *self._pieces(),
             full,
-            "ieee" if interpreted() else _PRODUCTS[self.precision if columns == 1 else "coarse"],
+            "ieee" if interpreted() else self._product(columns),
             num_warps=warps,
         )
         return Walk(arrived, left, energy)
+
+    def preferred_coarse_block(self) -> int:
+        # A step takes long, however few blocks walk it.
+        return min(max(round(math.sqrt(self.length) / 2), 16), 64)
 
     def border_sums(self, walk: Walk) -> Tensor:
         """Per sequence: squares of residuals and of the solution, and the largest relative residual, ``[batch, 3]``."""
@@ -375,10 +382,17 @@ class KernelChain(Chain):
 
         return result
 
+    def _product(self, columns: int) -> str:
+        """How the product with a matrix that stays on the chip is computed."""
+        if columns > 1:
+            return "tf32"
+        if self.precision == "half":
+            return "bf16"
+        return "ieee" if self.careful else "bf16x6"
+
     def _pieces(self) -> tuple[int, int]:
         """Rows of a streamed matrix per piece, and pieces on their way at once; what an H100 was fastest with."""
-        depth, stages = (32, 4) if self.gates == 4 else (64, 3)
-        return max(16, depth * 128 // max(128, triton.next_power_of_2(self.hidden))), stages
+        return max(16, 32 * 128 // max(128, triton.next_power_of_2(self.hidden))), 4
 
     def _launch(self, columns: int) -> tuple[int, int]:
         """Rows per program and warps: as few rows as the tensor cores take; many of a coarse space's columns."""

@@ -25,14 +25,15 @@ _SMALLEST = 1e-20
 class CapturedPass:
     """The backward passes of a layer for one shape of input, block size and set of wanted gradients."""
 
-    def __init__(self, task: BackwardPass, block: int) -> None:
+    def __init__(self, task: BackwardPass, block: int, careful: bool) -> None:
         """Capture a pass, which must have run before without a graph.
 
         Args:
             task: The tensors are copied; later ones must be alike.
             block: Steps per block.
+            careful: See :class:`~lit_parallel.recurrent.chain.Chain`.
         """
-        self.block, self._needed = block, task.needed
+        self.block, self._key = block, (block, careful, task.needed)
         self._given = [x.clone(memory_format=torch.contiguous_format) for x in _tensors(task)]
         self._device = task.input.device
         self._halo = torch.zeros(1, dtype=torch.int32, device=self._device)
@@ -62,13 +63,13 @@ class CapturedPass:
             return grads, Disagreement(math.nan, math.nan)
         return grads, read_sums(self._sums)
 
-    def fits(self, task: BackwardPass, block: int) -> bool:
+    def fits(self, task: BackwardPass, block: int, careful: bool) -> bool:
         """Whether a pass of the same layer and the same shape of input is like the captured one."""
-        return (block, task.needed) == (self.block, self._needed)
+        return (block, careful, task.needed) == self._key
 
     def _first_walk(self, chain: Chain, into: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         assert isinstance(chain, KernelChain)
-        chain.halo = self._halo
+        chain.halo, chain.careful = self._halo, self._key[1]
         walk = chain.walk(self.block, into=into)
         self._sums.copy_(chain.border_sums(walk), non_blocking=True)
         meanwhile()

@@ -32,6 +32,8 @@ class Chain(ABC):
         state_size: Numbers in v, per sequence.
         gradient_size: Numbers that a step leaves behind, per sequence.
         last: What arrives at the last step from outside, ``[batch, state_size]``.
+        careful: Whether every sum is to be rounded as its type does: over thousands of steps that are remembered, the
+            rounding of faster sums adds up.
     """
 
     length: int
@@ -39,6 +41,7 @@ class Chain(ABC):
     state_size: int
     gradient_size: int
     last: Tensor
+    careful: bool = False
 
     #: Seconds that a step takes by itself, and per sequence and block; only their ratio counts.
     step_costs: tuple[float, float] = (1e-4, 1e-6)
@@ -48,6 +51,10 @@ class Chain(ABC):
         fixed, per_row = self.step_costs
         block = round(math.sqrt(max(halo, 1) * per_row / fixed * self.length * self.batch))
         return min(max(block, 4), self.length)
+
+    def preferred_coarse_block(self) -> int:
+        """The block of the two-level method: as many steps as blocks, as far as that is sensible."""
+        return min(max(round(math.sqrt(self.length)), 16), 128)
 
     @abstractmethod
     def walk(

@@ -30,6 +30,7 @@ _GAIN_EVERY = 50  # backward passes between two measurements of how errors grow
 _GUESSED_HALO = 32  # fresh weights forget within so many steps
 _AIM = 0.2  # part of the tolerance that halos are chosen for
 _REPEATS = 3
+_FORGETFUL = 0.85  # what is left of a vector after a step: a sixth of it per step is gone
 _SHAPES = 4  # of input, that are tuned one by one
 _MOST_SHAPES = 64  # that are remembered
 _NOTHING = torch.empty(0)
@@ -215,13 +216,14 @@ class Controller:
         if plan.halo > 1.3 * tuned.halo_of_gain:  # it remembers longer than when its gain was measured
             tuned.ages[tuned.solver] = _GAIN_EVERY
             return None
-        if tuned.captured is None or not tuned.captured.fits(task, plan.block):
+        careful = remembers(plan, gain)
+        if tuned.captured is None or not tuned.captured.fits(task, plan.block, careful):
             if not can_be_captured(task):
                 return None
             from lit_parallel.recurrent.captured import CapturedPass
 
             tuned.captured = None  # its memory can be used again
-            tuned.captured = CapturedPass(task, plan.block)
+            tuned.captured = CapturedPass(task, plan.block, careful)
         grads, found = tuned.captured.run(task, plan.halo)
         tuned.ages[tuned.solver] += 1
         amplification = gain.of_border_errors(plan.block, blocks_of(len(task.input), plan.block))
@@ -265,6 +267,7 @@ class Controller:
             if new:
                 self._first_halo(plan, tuned.gains[solver], chain)
             tuned.halo_of_gain = plan.halo
+        chain.careful = remembers(plan, tuned.gains.get(solver))
         tuned.ages[solver] = tuned.ages.get(solver, 0) + 1
         basis = tuned.basis if plan.rank else None
         outcome = solve_chain(chain, plan, tuned.gains.get(solver), into, basis, meanwhile)
@@ -284,7 +287,7 @@ class Controller:
         iterations = options.iterations
         checked = None if iterations is not None else tolerance
         if solver == "two_level":
-            block = options.block_size or min(max(round(math.sqrt(length)), 16), 128)
+            block = options.block_size or chain.preferred_coarse_block()
             rank = min(options.rank or 32, chain.state_size)
             return Plan(min(block, length), 0, rank, tolerance)
         block = 1
@@ -312,9 +315,9 @@ class Controller:
             tuned.basis = next_basis(outcome.space.image)
         if self.options.rank is not None or outcome.sequential:
             return
-        if outcome.sweeps > 5 and plan.rank < chain.state_size:
+        if outcome.sweeps > 7 and plan.rank < chain.state_size:
             plan.rank, tuned.basis = min(chain.state_size, plan.rank + 16), None
-        elif outcome.sweeps <= 2 and plan.rank > 16:
+        elif outcome.sweeps <= 4 and plan.rank > 16:
             plan.rank -= 16
             tuned.basis = tuned.basis[:, :, : plan.rank].contiguous()
 
@@ -390,6 +393,11 @@ def forgetting_steps(target: float, per_step: float, length: int) -> int:
     if per_step >= 1:
         return length
     return min(length, math.ceil(math.log(min(target, 1.0)) / math.log(per_step)))
+
+
+def remembers(plan: Plan, gain: Gain | None) -> bool:
+    """Whether so many steps are remembered that the rounding of each matters."""
+    return plan.rank > 0 or (gain is not None and gain.per_step > _FORGETFUL)
 
 
 def adapt_halo(plan: Plan, outcome: Outcome, gain: Gain, length: int) -> None:

@@ -6,7 +6,7 @@ from lit_parallel.errors import UserError
 from lit_parallel.options import check_options, option
 
 RECURRENT_SOLVERS = ("auto", "jacobi", "jacobi_gs", "two_level", "sequential")
-RECURRENT_PRECISIONS = ("full", "bf16")
+RECURRENT_PRECISIONS = ("full", "half")
 
 
 @dataclass
@@ -30,7 +30,9 @@ class RecurrentOptions:
     )
     block_size: int | None = option(None, "steps per block (null: chosen)", minimum=1)
     rank: int | None = option(None, "two_level: columns of the coarse correction (null: chosen)", minimum=1)
-    precision: str = option("full", "products with W_hh, on a GPU (bf16: errors of 1e-2)", choices=RECURRENT_PRECISIONS)
+    precision: str = option(
+        "full", "products with W_hh, on a GPU (half: in 16 bits, errors of 1e-3)", choices=RECURRENT_PRECISIONS
+    )
     probe_every: int = option(
         200, "steps between two comparisons with the ordinary backward pass (0: none but auto's first)", minimum=0
     )

@@ -293,7 +293,7 @@ def test_hooks_still_run():
         ({"block_size": 0}, "Option 'block_size' must be >= 1, not 0."),
         ({"rank": -1}, "Option 'rank' must be >= 1, not -1."),
         ({"probe_every": -1}, "Option 'probe_every' must be >= 0, not -1."),
-        ({"precision": "half"}, "Option 'precision' cannot be 'half'. Known: bf16, full."),
+        ({"precision": "single"}, "Option 'precision' cannot be 'single'. Known: full, half."),
         ({"iteration": 3}, "There is no option 'iteration' of parallel backpropagation. Did you mean 'iterations'?"),
     ],
 )
