@@ -26,6 +26,7 @@ _BATCH = 64
 _CHECK_EVERY = 25  # steps between two looks at the loss, each of which waits for the device
 _SOLVED = 0.02  # squared error relative to that of always answering the mean
 _RIGHT = 0.04  # the customary limit of an answer's error
+_LARGEST_STATE = 1e4  # of a network that does not grow without bound
 
 
 @dataclass
@@ -146,13 +147,23 @@ def short_memory(cell: str, batch: int, length: int, hidden: int, device: torch.
 
 
 def long_memory(network: LastState, batch: int, length: int, seed: int = 0) -> Problem:
-    """A trained network on sequences of its own task, with its own loss on the last state."""
+    """A trained network on sequences of its own task, with its own loss on the last state.
+
+    A rectified network may grow without bound on sequences longer than those it was trained on: if it does, its
+    recurrent matrix is divided by its spectral radius.
+    """
     layer, readout = copy.deepcopy(network.recurrence), copy.deepcopy(network.output)
     assert isinstance(layer, nn.RNNBase)
     layer.batch_first = False  # the layer alone is measured, without a transposition
     samples = adding_problem(batch, length, np.random.default_rng([2, seed]))
     input = samples.inputs.transpose(0, 1).contiguous().to(readout.weight.device)
     target = samples.targets.to(readout.weight.device)
+    with torch.no_grad():
+        output, _ = layer(input)
+        if not bool((output.abs() < _LARGEST_STATE).all()):
+            matrix = layer.weight_hh_l0
+            assert isinstance(matrix, Tensor)
+            matrix.div_(torch.linalg.eigvals(matrix).abs().amax())
     return Problem(layer, input.requires_grad_(), _initial_states(layer, batch), target, readout)
 
 

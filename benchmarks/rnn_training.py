@@ -31,7 +31,7 @@ from lit_parallel.checkpoint import build_model
 from lit_parallel.config import TrainConfig, load_config
 from lit_parallel.data.datasets import build_data
 from lit_parallel.plots import new_figure, save_figure
-from lit_parallel.recurrent import records
+from lit_parallel.recurrent import BackwardRecord, records
 from lit_parallel.recurrent.stopwatch import synchronize
 from lit_parallel.trainer import build_trainer
 
@@ -41,12 +41,13 @@ _ORDINARY, _PARALLEL, _NUDGED = "ordinary", "parallel", "ordinary, last bit chan
 
 
 class Recorder(pl.Callback):
-    """Keeps the loss of every step, and when it was done."""
+    """Keeps the loss of every step, when it was done, and in how many steps each layer was solved by what."""
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []
         self.times: list[float] = []
-        self.solved_by: dict[str, str] = {}
+        self.solved_by: dict[str, dict[str, int]] = {}
+        self._newest: dict[str, BackwardRecord] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         synchronize(pl_module.device)
@@ -58,7 +59,12 @@ class Recorder(pl.Callback):
         self.losses.append(outputs["loss"].detach())
         synchronize(pl_module.device)
         self.times.append(time.perf_counter())
-        self.solved_by = {name: f"{r.solver}, {r.sweeps} sweeps" for name, r in records(pl_module).items()}
+        before, self._newest = self._newest, records(pl_module)
+        for name, record in self._newest.items():
+            # A record that is not new: the layer went the ordinary way.
+            solver = _ORDINARY if record is before.get(name) else record.solver
+            steps = self.solved_by.setdefault(name, {})
+            steps[solver] = steps.get(solver, 0) + 1
 
 
 def run(config: TrainConfig, how: str) -> dict[str, Any]:
