@@ -148,8 +148,8 @@ class _ParallelForward:
             return False
         self._tell_once(
             "slower",
-            f"{_shown(self.name)} trains as fast or faster with its ordinary backward pass for {shape[0]} steps of {shape[1]} "
-            f"sequences ({1000 * ordinary:.2f} ms against {1000 * parallel:.2f} ms)"
+            f"{_shown(self.name)} trains as fast or faster with its ordinary backward pass for {shape[0]} steps of "
+            f"{shape[1]} sequences ({1000 * ordinary:.2f} ms against {1000 * parallel:.2f} ms)"
             + (", which is used." if auto else "; callbacks.jacobi_backprop.solver=auto would use it."),
         )
         return auto
