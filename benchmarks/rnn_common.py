@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from lit_parallel.plots import _COLOURS, _LINE_STYLES
+from lit_parallel.plots import COLOURS, LINE_STYLES
 from lit_parallel.recurrent.stopwatch import synchronize
 from lit_parallel.report import environment, write_json
 
@@ -53,8 +53,8 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 def look(number: int) -> dict[str, Any]:
     """Colour and line style of a curve."""
     return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": _LINE_STYLES[number % len(_LINE_STYLES)],
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINE_STYLES[number % len(LINE_STYLES)],
         "linewidth": 1.5,
         "zorder": 3,
     }

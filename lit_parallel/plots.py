@@ -22,8 +22,8 @@ _LARGEST_VIEWING_SCALE = 8
 _BACKGROUND = 160  # a grey that neither black nor white images run into
 
 # Okabe and Ito's colours for every kind of colour vision. Line styles and markers tell the lines apart in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 2, 1, 1, 1, 1, 1, 2)))
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 2, 1, 1, 1, 1, 1, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -176,8 +176,8 @@ def _draw_panel(axes: Axes, curves: list[tuple[str, Tensor]], first: int, length
             x,
             y,
             label=solver,
-            color=_COLOURS[i % len(_COLOURS)],
-            linestyle=_LINE_STYLES[i % len(_LINE_STYLES)],
+            color=COLOURS[i % len(COLOURS)],
+            linestyle=LINE_STYLES[i % len(LINE_STYLES)],
             linewidth=1.5,
             marker=_MARKERS[i % len(_MARKERS)],
             markevery=[len(x) - 1] if ends_in_zero else [],

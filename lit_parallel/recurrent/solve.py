@@ -66,6 +66,8 @@ class Outcome:
         sweeps: Walks over all blocks, the first included.
         residual: Largest norm, over sequences, of the mismatch at the borders relative to the solution; NaN: unchecked.
         error: The residual times the measured amplification: the estimated relative error.
+        at_rounding: Whether borders agree to the last bits, so that the estimated error is one of rounding, which
+            sequential evaluation has too.
         reductions: Factors by which the estimated error fell per sweep.
         sequential: Whether it ended as one block, such as for values that are not finite.
         space: The coarse space that was used.
@@ -77,6 +79,7 @@ class Outcome:
     sweeps: int = 1
     residual: float = math.nan
     error: float = math.nan
+    at_rounding: bool = False
     reductions: list[float] = field(default_factory=list)
     sequential: bool = False
     space: CoarseSpace | None = None
@@ -180,6 +183,7 @@ def solve_chain(
         # What the first walk misses lies in no subspace. What is at rounding is as good as sequential evaluation.
         measured = space is None or outcome.sweeps > 1 or relative == 0
         if (measured and outcome.error <= plan.tolerance) or at_rounding:
+            outcome.at_rounding = at_rounding
             if plan.rank and outcome.sweeps == 1:
                 meanwhile()
             return outcome

@@ -166,8 +166,8 @@ def test_auto_takes_the_ordinary_way_where_it_is_faster_and_comes_back_to_look(c
     module, x = prepared(solver="auto", probe_every=4)
     assert [is_parallel(module, x) for _ in range(5)] == [True, False, False, False, True]
     assert [entry.message for entry in caplog.records] == [
-        f"The module trains as fast or faster with its ordinary backward pass for {LENGTH} steps of 2 sequences (1000.00 ms "
-        "against 2000.00 ms), which is used."
+        f"The module trains as fast or faster with its ordinary backward pass for {LENGTH} steps of 2 sequences "
+        "(1000.00 ms against 2000.00 ms), which is used."
     ]
     times["parallel"] = 0.5
     seen = [is_parallel(module, x) for _ in range(30)]
