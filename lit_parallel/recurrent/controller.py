@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lit_parallel.recurrent.chain import Chain, blocks_of
 from lit_parallel.recurrent.coarse import next_basis
+from lit_parallel.recurrent.comparison import OrdinaryRun, run_ordinary, seconds_of
 from lit_parallel.recurrent.layers import BackwardPass, can_be_captured
 from lit_parallel.recurrent.options import RecurrentOptions
 from lit_parallel.recurrent.solve import Gain, Outcome, Plan, measure_gain, solve_chain
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _GAIN_EVERY = 50  # backward passes between two measurements of how errors grow
 _GUESSED_HALO = 32  # fresh weights forget within so many steps
 _AIM = 0.2  # part of the tolerance that halos are chosen for
-_REPEATS = 3
+_HOPELESS = 3  # times as slow as the fastest
 _FORGETFUL = 0.85  # what is left of a vector after a step: a sixth of it per step is gone
 _SHAPES = 4  # of input, that are tuned one by one
 _MOST_SHAPES = 64  # that are remembered
@@ -191,8 +191,9 @@ class Controller:
             replayed = self._replay(tuned, task)
             return replayed or task.gradients(lambda *arguments: self._solve(tuned, *arguments))
 
+        ordinary = run_ordinary(task) if auto and compare and not known_before else None
         if auto and not known_before:
-            self._choose(tuned, run, task.input)
+            self._choose(tuned, run, task.input, ordinary.seconds if ordinary else math.inf)
         with self.timed("backward", task.input.device):
             grads = run()
         tuned.calls += 1
@@ -200,11 +201,11 @@ class Controller:
         assert outcome is not None
         harder = auto and outcome.sweeps > 2 * tuned.sweeps_at_probe
         if harder and known_before:
-            self._choose(tuned, run, task.input)
-        due = (not known_before and (auto or every > 0)) or (every > 0 and tuned.calls % every == 0)
-        if compare and (harder or due or self.recheck):
+            self._choose(tuned, run, task.input, tuned.ordinary_seconds)
+        due = self.recheck or (every > 0 and (not known_before or tuned.calls % every == 0))
+        if compare and (ordinary or harder or due):
             self.recheck = False
-            self._compare(tuned, run, task, grads)
+            self._compare(tuned, run, task, grads, ordinary or run_ordinary(task))
             tuned.sweeps_at_probe = outcome.sweeps
         self._note(tuned, len(task.input))
         return grads
@@ -325,15 +326,22 @@ class Controller:
             plan.rank -= 16
             tuned.basis = tuned.basis[:, :, : plan.rank].contiguous()
 
-    def _choose(self, tuned: _Tuned, run: Callable[[], object], input: Tensor) -> None:
-        """Try the solvers and keep the fastest."""
-        times = {}
+    def _choose(self, tuned: _Tuned, run: Callable[[], object], input: Tensor, limit: float) -> None:
+        """Try the solvers and keep the fastest; one that takes several times as long as another is soon given up."""
+        times: dict[str, float] = {}
         for solver in ("jacobi_gs", "two_level"):
             tuned.solver = solver
             tuned.ages.pop(solver, None)
-            for _ in range(_WARM + 2):  # the first compiles and measures, others adapt, the last may capture
-                run()
-            times[solver] = _seconds(run, input.device)
+            run()  # compiles and measures
+            began = time.perf_counter()
+            run()
+            synchronize(input.device)
+            times[solver] = time.perf_counter() - began
+            fastest = min(seconds for seconds in (limit, *times.values()) if not math.isnan(seconds))
+            if times[solver] < _HOPELESS * fastest:
+                for _ in range(_WARM):  # halo or rank settle, and the last may be captured
+                    run()
+                times[solver] = seconds_of(run, input.device)
             if len(input) < 4 * tuned.plans[solver].block:
                 break
         tuned.solver = min(times, key=lambda solver: times[solver])
@@ -345,73 +353,23 @@ class Controller:
         )
 
     def _compare(
-        self, tuned: _Tuned, run: Callable[[], object], task: BackwardPass, grads: tuple[Tensor | None, ...]
+        self,
+        tuned: _Tuned,
+        run: Callable[[], object],
+        task: BackwardPass,
+        grads: tuple[Tensor | None, ...],
+        ordinary: OrdinaryRun,
     ) -> None:
-        """Run the ordinary backward pass on the same batch: how far is it from ours, and how long does it take?"""
+        """Note how far the ordinary backward pass on the same batch is from ours, and how long each takes."""
         device = task.input.device
-        expected: tuple[Tensor | None, ...] = ()
-        forward, backward = [], []
-        for _ in range(_REPEATS):
-            synchronize(device)
-            began = time.perf_counter()
-            outputs, inputs, gradients = task.ordinary_forward()
-            synchronize(device)
-            between = time.perf_counter()
-            wanted = [x for x in inputs if x is not None and x.requires_grad]
-            expected = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
-            synchronize(device)
-            forward.append(between - began)
-            backward.append(time.perf_counter() - between)
-        of_wanted = iter(expected)
-        pairs = [
-            (ours, next(of_wanted)) for x, ours in zip(inputs, grads, strict=True) if x is not None and x.requires_grad
-        ]
-        of_parameters = pairs[-sum(grad is not None for grad in grads[task.parameters]) or len(pairs) :]
-        tuned.ordinary_seconds = min(forward) + min(backward)
-        # The ordinary one was run by autograd, which takes its time as well.
-        parallel = _seconds(run, device) + _seconds_of_autograd(outputs, wanted, gradients, expected, device)
-        tuned.parallel_seconds = _seconds(task.forward, device) + parallel
+        backward = seconds_of(run, device) + ordinary.autograd_seconds  # which the ordinary one contains
+        tuned.ordinary_seconds = ordinary.seconds
+        tuned.parallel_seconds = seconds_of(task.forward, device) + backward
         self._probe = (
-            _relative_distance(of_parameters),
-            min(backward) / parallel,
+            ordinary.distance(grads, task.parameters),
+            ordinary.backward_seconds / backward,
             tuned.ordinary_seconds / tuned.parallel_seconds,
         )
-
-
-class _Given(torch.autograd.Function):
-    """Something whose gradients are known: what is left is what autograd itself takes."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor], *inputs: Tensor) -> Any:
-        ctx.gradients = gradients
-        return tuple(output.detach() for output in outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        return None, None, *ctx.gradients
-
-
-def _seconds_of_autograd(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    found: Sequence[Tensor | None],
-    device: torch.device,
-) -> float:
-    """Time of a backward pass that only hands over gradients."""
-    with torch.enable_grad():
-        results = _Given.apply(found, outputs, *inputs)
-    return _seconds(
-        lambda: torch.autograd.grad(results, inputs, gradients, allow_unused=True, retain_graph=True), device
-    )
-
-
-def _relative_distance(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> float:
-    """The norm of all differences over that of the second tensors."""
-    found = [(a.double(), b.double()) for a, b in pairs if a is not None and b is not None]
-    distance = sum(float((a - b).square().sum()) for a, b in found)
-    size = sum(float(b.square().sum()) for _, b in found)
-    return math.sqrt(distance / size) if size > 0 else math.sqrt(distance)
 
 
 def shape_of(input: Tensor) -> Shape:
@@ -446,14 +404,3 @@ def adapt_halo(plan: Plan, outcome: Outcome, gain: Gain, length: int) -> None:
         wanted = walked + math.ceil(math.log(_AIM * plan.tolerance / outcome.error) / math.log(per_step))
     wanted = max(wanted, int(0.9 * plan.halo))
     plan.halo = min(max(wanted, 1), length - plan.block)
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(_REPEATS):
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)

@@ -1,0 +1,98 @@
+"""The ordinary backward pass on the same batch: how long it takes, and what it finds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_parallel.recurrent.layers import BackwardPass
+from lit_parallel.recurrent.stopwatch import synchronize
+
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class OrdinaryRun:
+    """What PyTorch's own forward and backward pass of a layer took and found.
+
+    Attributes:
+        forward_seconds: Of the fastest forward pass.
+        backward_seconds: Of the fastest backward pass, by autograd.
+        autograd_seconds: What autograd itself takes of it, whatever it calls.
+        gradients: In the order of the inputs; None where none is wanted.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    autograd_seconds: float
+    gradients: tuple[Tensor | None, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of both passes."""
+        return self.forward_seconds + self.backward_seconds
+
+    def distance(self, gradients: Sequence[Tensor | None], which: slice) -> float:
+        """Norm of the difference of some gradients, relative to the norm of the ordinary ones."""
+        pairs = zip(gradients[which], self.gradients[which], strict=True)
+        found = [(a.double(), b.double()) for a, b in pairs if a is not None and b is not None]
+        distance = sum(float((a - b).square().sum()) for a, b in found)
+        size = sum(float(b.square().sum()) for _, b in found)
+        return math.sqrt(distance / size) if size > 0 else math.sqrt(distance)
+
+
+def run_ordinary(task: BackwardPass) -> OrdinaryRun:
+    """Run the ordinary way, some times."""
+    device = task.input.device
+    forward, backward = [], []
+    for _ in range(_REPEATS):
+        synchronize(device)
+        began = time.perf_counter()
+        outputs, inputs, given = task.ordinary_forward()
+        synchronize(device)
+        between = time.perf_counter()
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        found = torch.autograd.grad(outputs, wanted, given, allow_unused=True)
+        synchronize(device)
+        forward.append(between - began)
+        backward.append(time.perf_counter() - between)
+    with torch.enable_grad():
+        results = _Known.apply(found, outputs, *wanted)
+    by_itself = seconds_of(
+        lambda: torch.autograd.grad(results, wanted, given, allow_unused=True, retain_graph=True), device
+    )
+    each = iter(found)
+    gradients = tuple(next(each) if x is not None and x.requires_grad else None for x in inputs)
+    return OrdinaryRun(min(forward), min(backward), by_itself, gradients)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Median time of some runs."""
+    times = []
+    for _ in range(_REPEATS):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+class _Known(torch.autograd.Function):
+    """Something whose gradients are known: what is left is what autograd itself takes."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor], *inputs: Tensor) -> Any:
+        ctx.gradients = gradients
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return None, None, *ctx.gradients
