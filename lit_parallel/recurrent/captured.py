@@ -43,7 +43,8 @@ class CapturedPass:
         self._graph = torch.cuda.CUDAGraph()
         static = _with_tensors(task, self._given)
         torch.cuda.synchronize(self._device)
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream(self._device)  # the default one may be another device's
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._grads = static.gradients(self._first_walk)
         self._kept = [grad for grad in self._grads if grad is not None]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lit_parallel.errors import UserError
 from lit_parallel.recurrent.chain import Chain, blocks_of
 from lit_parallel.recurrent.coarse import next_basis
 from lit_parallel.recurrent.comparison import OrdinaryRun, run_ordinary, seconds_of
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 _GAIN_EVERY = 50  # backward passes between two measurements of how errors grow
 _GUESSED_HALO = 32  # fresh weights forget within so many steps
 _AIM = 0.2  # part of the tolerance that halos are chosen for
+_KINDS_OF_ZEROS = 4  # that are kept
+_REJECTIONS = 8  # of a graph's results, one after another, until it is given up
+_SUSPICIOUS = 1e-2  # difference from the ordinary pass, which cuDNN may round to TF32, that cannot be rounding
 _HOPELESS = 3  # times as slow as the fastest
 _FORGETFUL = 0.85  # what is left of a vector after a step: a sixth of it per step is gone
 _SHAPES = 4  # of input, that are tuned one by one
@@ -94,6 +98,7 @@ class _Tuned:
     parallel_seconds: float = math.nan
     outcome: Outcome | None = None
     captured: CapturedPass | None = None
+    rejected: int = 0
 
 
 class Controller:
@@ -136,6 +141,8 @@ class Controller:
             return grad
         key = (like.shape, like.dtype, like.device)
         if key not in self._zeros:
+            if len(self._zeros) >= _KINDS_OF_ZEROS:
+                self._zeros.pop(next(iter(self._zeros)))
             self._zeros[key] = torch.zeros_like(like, memory_format=torch.contiguous_format)
         return self._zeros[key]
 
@@ -154,7 +161,8 @@ class Controller:
             return self._tuned.get(shape)
         nearest = min(alike, key=lambda known: abs(math.log((known[0] * known[1]) / (shape[0] * shape[1]))))
         theirs = self._tuned[nearest]
-        copy = _Tuned(theirs.solver, ordinary_seconds=theirs.ordinary_seconds, parallel_seconds=theirs.parallel_seconds)
+        copy = _Tuned(theirs.solver, sweeps_at_probe=theirs.sweeps_at_probe)
+        copy.ordinary_seconds, copy.parallel_seconds = theirs.ordinary_seconds, theirs.parallel_seconds
         if len(self._tuned) >= _MOST_SHAPES:
             self._tuned.pop(next(iter(self._tuned)))
         self._tuned[shape] = copy
@@ -179,6 +187,12 @@ class Controller:
             task: The pass.
             compare: Whether it may be compared with the ordinary one; inside a compiled operator it cannot.
         """
+        checked = self.options.iterations is None
+        if checked and task.input.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise UserError(
+                f"{self.name}: a tolerance is checked on the host, which a CUDA graph cannot wait for; set iterations=K "
+                "and solver=jacobi_gs, or leave this layer out."
+            )
         shape = shape_of(task.input)
         known = self._find(shape)
         if known is None:
@@ -206,7 +220,6 @@ class Controller:
         if compare and (ordinary or harder or due):
             self.recheck = False
             self._compare(tuned, run, task, grads, ordinary or run_ordinary(task))
-            tuned.sweeps_at_probe = outcome.sweeps
         self._note(tuned, len(task.input))
         return grads
 
@@ -222,19 +235,28 @@ class Controller:
             return None
         careful = remembers(plan, gain)
         if tuned.captured is None or not tuned.captured.fits(task, plan.block, careful):
-            if not can_be_captured(task):
+            if tuned.rejected >= _REJECTIONS or not can_be_captured(task):
                 return None
             from lit_parallel.recurrent.captured import CapturedPass
 
-            tuned.captured = None  # its memory can be used again
-            tuned.captured = CapturedPass(task, plan.block, careful)
+            for other in self._tuned.values():
+                other.captured = None  # one graph per layer: its memory is not free
+            try:
+                tuned.captured = CapturedPass(task, plan.block, careful)
+            except torch.cuda.OutOfMemoryError:
+                tuned.rejected = _REJECTIONS
+                return None
         grads, found = tuned.captured.run(task, plan.halo)
         tuned.ages[tuned.solver] += 1
         amplification = gain.of_border_errors(plan.block, blocks_of(len(task.input), plan.block))
         outcome = Outcome(_NOTHING, plan.block + plan.halo, block=plan.block, halo=plan.halo)
         outcome.residual, outcome.error = found.of_solution, found.of_solution * amplification
         if not outcome.error <= plan.tolerance:
+            tuned.rejected += 1
+            if tuned.rejected >= _REJECTIONS:  # such as for a sequence without a gradient: it would go on for ever
+                tuned.captured = None
             return None
+        tuned.rejected = 0
         tuned.outcome = outcome
         adapt_halo(plan, outcome, gain, len(task.input))
         return grads
@@ -267,8 +289,13 @@ class Controller:
             plan = tuned.plans[solver] = self._first_plan(solver, chain)
         checked = plan.tolerance is not None and plan.rank == 0 and plan.block < chain.length
         if checked and tuned.ages.get(solver, _GAIN_EVERY) >= _GAIN_EVERY:
-            new = solver not in tuned.gains
-            tuned.gains[solver], tuned.ages[solver] = measure_gain(chain, plan), 0
+            new, gain = solver not in tuned.gains, measure_gain(chain, plan)
+            if not math.isfinite(gain.amplification + gain.per_step):  # the forward pass's states are not finite
+                tuned.outcome = solve_chain(chain, Plan(chain.length, 0, 0, plan.tolerance), None, into)
+                tuned.outcome.sequential = True
+                meanwhile()
+                return tuned.outcome.initial
+            tuned.gains[solver], tuned.ages[solver] = gain, 0
             if new:
                 self._first_halo(plan, tuned.gains[solver], chain)
             tuned.halo_of_gain = plan.halo
@@ -345,6 +372,9 @@ class Controller:
             if len(input) < 4 * tuned.plans[solver].block:
                 break
         tuned.solver = min(times, key=lambda solver: times[solver])
+        run()
+        assert tuned.outcome is not None
+        tuned.sweeps_at_probe = tuned.outcome.sweeps
         logger.info(
             "%s: %s (%s).",
             self.name,
@@ -365,8 +395,17 @@ class Controller:
         backward = seconds_of(run, device) + ordinary.autograd_seconds  # which the ordinary one contains
         tuned.ordinary_seconds = ordinary.seconds
         tuned.parallel_seconds = seconds_of(task.forward, device) + backward
+        distance = ordinary.distance(grads, task.parameters)
+        if tuned.plans[tuned.solver].tolerance is not None and distance > _SUSPICIOUS:
+            tuned.ages.clear()  # measure anew how errors grow
+            logger.warning(
+                "%s: gradients differ by %.0e from the ordinary backward pass, more than rounding explains. Please "
+                "report it; solver='sequential' is the ordinary pass.",
+                self.name,
+                distance,
+            )
         self._probe = (
-            ordinary.distance(grads, task.parameters),
+            distance,
             ordinary.backward_seconds / backward,
             tuned.ordinary_seconds / tuned.parallel_seconds,
         )

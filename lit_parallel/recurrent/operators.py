@@ -72,13 +72,14 @@ class _Layer(torch.autograd.Function):
         output, h, c = _forward(tuple(inputs), kind, controller)
         ctx.save_for_backward(*inputs, output)
         ctx.kind, ctx.controller = kind, controller
+        ctx.known = _controllers[controller]  # the module may be restored before the backward pass
         ctx.set_materialize_grads(False)  # zeros made anew in every pass cost the host more than they seem to
         return output, h, None if inputs[2] is None else c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         *inputs, output = ctx.saved_tensors
-        h_0, known = inputs[1], _controllers[ctx.controller]
+        h_0, known = inputs[1], ctx.known
         outer = (known.given(grads[0], output), known.given(grads[1], h_0), known.given(grads[2], h_0))
         done = _backward(outer, tuple(inputs), output, ctx.needs_input_grad[:7], ctx.kind, ctx.controller)
         return (*done, None, None)

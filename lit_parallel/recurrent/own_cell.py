@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lit_parallel.errors import UserError
 from lit_parallel.networks.rnn import Recurrence
@@ -94,7 +96,8 @@ class RecurrencePass(BackwardPass):
         self.weights, self.needed, self.autocast = parameters, needed, autocast
 
     def gradients(self, solve: Solve) -> tuple[Tensor | None, ...]:
-        cell = self.recurrence.cell
+        weights = [weight.detach().requires_grad_(needed) for weight, needed in self._with_needs()]
+        cell = _with_weights(self.recurrence.cell, weights)
         with _autocast(self.input.device, self.autocast):
             before = torch.cat([self.h_0[None], self.output[:-1]])
             chain = CellModuleChain(cell, self.input, before, *self.grads)
@@ -103,7 +106,7 @@ class RecurrencePass(BackwardPass):
             x = self.input.flatten(0, 1).detach().requires_grad_(self.needed[0])
             with torch.enable_grad():
                 after = cell(x, before.flatten(0, 1))
-        wanted = [w for w, needed in zip([x, *self.weights], (self.needed[0], *self.needed[2:]), strict=True) if needed]
+        wanted = [w for w, needed in zip([x, *weights], (self.needed[0], *self.needed[2:]), strict=True) if needed]
         _check_repeatable(after, self.output)
         found = iter(_differentiate(after, wanted, s))
         of_input = next(found) if self.needed[0] else None
@@ -118,9 +121,30 @@ class RecurrencePass(BackwardPass):
     def ordinary_forward(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
         x = self.input.detach().requires_grad_(self.needed[0])
         h_0 = self.h_0.detach().requires_grad_(self.needed[1])
+        weights = [weight.detach().requires_grad_(needed) for weight, needed in self._with_needs()]
+        copy = Recurrence(_with_weights(self.recurrence.cell, weights), self.recurrence.hidden_size)
         with torch.enable_grad():
-            outputs = run(self.recurrence, x, h_0, self.autocast)
-        return list(outputs), [x, h_0, *self.weights], list(self.grads)
+            outputs = run(copy, x, h_0, self.autocast)
+        return list(outputs), [x, h_0, *weights], list(self.grads)
+
+    def _with_needs(self) -> list[tuple[Tensor, bool]]:
+        return list(zip(self.weights, self.needed[2:], strict=True))
+
+
+class _WithWeights(nn.Module):
+    """A cell with other tensors in place of its trained parameters, whose hooks are for the real gradients alone."""
+
+    def __init__(self, cell: nn.Module, weights: list[Tensor]) -> None:
+        super().__init__()
+        names = [name for name, parameter in cell.named_parameters() if parameter.requires_grad]
+        self.run = functools.partial(functional_call, cell, dict(zip(names, weights, strict=True)))
+
+    def forward(self, x_t: Tensor, h: Tensor) -> Tensor:
+        return self.run((x_t, h))
+
+
+def _with_weights(cell: nn.Module, weights: list[Tensor]) -> nn.Module:
+    return _WithWeights(cell, weights) if weights else cell
 
 
 def _differentiate(after: Tensor, wanted: list[Tensor], grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ from lit_parallel.recurrent.chain import Chain, Walk, blocks_of
 from lit_parallel.recurrent.coarse import CoarseSpace, coarse_space
 
 _TINY = 1e-30
+_FEWEST_STEPS = 16  # over which growth is measured: in a single step a vector may grow that is forgotten soon
 _SAFETY = 2.0  # a random direction need not be the worst
 
 
@@ -93,18 +94,23 @@ def measure_gain(chain: Chain, plan: Plan) -> Gain:
 
     A halo may also let nothing through, and a later one may be shorter: the vectors go through the blocks alone, too.
     """
-    blocks = blocks_of(chain.length, plan.block)
+    block = max(plan.block, min(_FEWEST_STEPS, chain.length))
+    blocks = blocks_of(chain.length, block)
     generator = torch.Generator(chain.last.device).manual_seed(1)
     shape = (blocks, chain.batch, 1, chain.state_size)
     start = torch.randn(shape, generator=generator, dtype=chain.last.dtype, device=chain.last.device)
-    halo = max(plan.halo, plan.block)
-    walk = chain.walk(plan.block, halo, start, source=False)
-    inside = torch.maximum(_inside(walk), _inside(chain.walk(plan.block, 0, start, source=False)))
+    halo = max(plan.halo, block)
+    walk = chain.walk(block, halo, start, source=False)
+    inside = torch.maximum(_inside(walk), _inside(chain.walk(block, 0, start, source=False)))
     # A block walks the whole halo, or what there is of it up to the end of the chain.
-    ends = torch.arange(1, blocks + 1, device=start.device) * plan.block + halo
-    steps = ends.clamp_max(chain.length) - ends + halo + plan.block
+    ends = torch.arange(1, blocks + 1, device=start.device) * block + halo
+    steps = ends.clamp_max(chain.length) - ends + halo + block
     growth = (_norms(walk.left) / _norms(start)).clamp_min(_TINY)  # forgotten altogether, but not in one step
     per_step = torch.where(steps >= min(halo, chain.length // 2), growth.amax((1, 2)) ** (1 / steps), 0).amax()
+    # Over halo and block together, what is forgotten at once hides what stays: of that, only the block is looked at.
+    arrived, own = _norms(walk.arrived), torch.clamp(chain.length - (ends - halo - block), max=block)
+    of_block = torch.where(arrived > _TINY, _norms(walk.left) / arrived.clamp_min(_TINY), 0).amax((1, 2))
+    per_step = torch.maximum(per_step, torch.where(own >= block, of_block ** (1 / block), 0).amax())
     numbers = torch.stack([inside, per_step]).tolist()
     return Gain(_SAFETY * numbers[0], numbers[1])
 

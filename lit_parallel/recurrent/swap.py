@@ -57,17 +57,18 @@ def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **ch
     for name, layer in layers:
         if _is_parallel(layer):
             raise UserError(f"{_shown(name)} is parallel already: call lit_parallel.recurrent.restore first.")
-    names = []
-    for name, layer in layers:
+    able = []
+    for name, layer in layers:  # a warning may be an error: nothing is changed before all are told
         if _has_own_forward(layer):
             warnings.warn(f"{_shown(name)} has a forward of its own and keeps its backward pass.", stacklevel=2)
         elif isinstance(layer, nn.RNNBase) and layer.proj_size > 0:
             warnings.warn(f"{_shown(name)} has proj_size={layer.proj_size} and keeps its backward pass.", stacklevel=2)
         else:
-            made = ParallelRecurrence if isinstance(layer, Recurrence) else _rnn_forward()
-            layer.forward = made(layer, name, options)  # type: ignore[method-assign]
-            names.append(name)
-    return names
+            able.append((name, layer))
+    for name, layer in able:
+        made = ParallelRecurrence if isinstance(layer, Recurrence) else _rnn_forward()
+        layer.forward = made(layer, name, options)  # type: ignore[method-assign]
+    return [name for name, _ in able]
 
 
 def restore(module: nn.Module) -> None:
@@ -184,12 +185,13 @@ class ParallelForward(_ParallelForward):
     def run(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """The same, as a compiler may trace it."""
         module = self.module
+        hx = tuple(hx) if isinstance(hx, list) else hx
         if isinstance(input, PackedSequence):
             self._tell_once("packed", f"{_shown(self.name)} was given a packed sequence and keeps its backward pass.")
             return self._ordinary(input, hx)
         if self.options.solver == "sequential" or not self._needs_gradients(input, hx):
             return self._ordinary(input, hx)
-        if input.dim() not in (2, 3) or (hx is not None and not self._fits(input, hx)):
+        if input.dim() not in (2, 3) or input.numel() == 0 or (hx is not None and not self._fits(input, hx)):
             return self._ordinary(input, hx)  # which says what is wrong
         batched = input.dim() == 3
         is_lstm = isinstance(module, nn.LSTM)
@@ -284,6 +286,7 @@ class ParallelRecurrence(_ParallelForward):
             or not torch.is_grad_enabled()
             or not any(x.requires_grad for x in differentiable)
             or input.dim() not in (2, 3)
+            or input.numel() == 0
             or (h_0 is not None and (h_0.dim() != input.dim() or len(h_0) != 1))
         ):
             return self._ordinary(input, h_0)

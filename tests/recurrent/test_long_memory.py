@@ -163,3 +163,30 @@ def test_a_halo_alone_truncates_what_the_network_remembers():
     parallelize(module, solver="jacobi_gs", block_size=8, probe_every=0)
     assert relative_error(gradients(module, x)["weight_hh_l0"], exact["weight_hh_l0"]) < 1e-5
     assert records(module)["l0"].iterations >= LENGTH
+
+
+@pytest.mark.parametrize("passes", [1, 5])
+def test_one_unit_that_remembers_among_many_that_forget_is_not_overlooked(passes):
+    # What is forgotten at once makes vectors shrink, and hides in their norm that one direction stays.
+    torch.manual_seed(0)
+    module, hidden, length = nn.RNN(4, 16), 16, 4000
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+        module.weight_hh_l0[1:, 1:] = 0.3 * torch.linalg.qr(torch.randn(hidden - 1, hidden - 1))[0]
+        module.weight_hh_l0[0, 0] = 1.0
+        module.weight_ih_l0[0] = module.bias_ih_l0[0] = module.bias_hh_l0[0] = 0.0
+    module.double()
+    x, g = torch.randn(length, 1, 4).double(), torch.randn(length, 1, hidden).double()
+    g[:, :, 0] = 1e-11  # far below the rest: it is by remembering that it comes to matter
+    leaf = x.requires_grad_()
+
+    def found():
+        output, _ = module(leaf)
+        return torch.autograd.grad(output, [leaf, *module.parameters()], g)
+
+    expected = found()
+    parallelize(module, solver="jacobi_gs", probe_every=0)
+    for _ in range(passes):
+        ours = found()
+    distance = sum(float((a - b).square().sum()) for a, b in zip(ours, expected, strict=True))
+    assert (distance / sum(float(b.square().sum()) for b in expected)) ** 0.5 < 1e-10

@@ -1,6 +1,7 @@
 """Gradients that are not finite, or zero: in exactly the places where autograd has them."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -96,3 +97,23 @@ def test_an_own_cell():
     of_output = torch.randn(24, 3, 5, dtype=torch.float64)
     of_output[13, 1, 2] = torch.inf
     assert_same(module, "jacobi_gs", torch.randn(24, 3, 3).double(), of_output)
+
+
+@pytest.mark.parametrize("solver", ["jacobi", "jacobi_gs", "two_level", "auto"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_states_that_are_not_finite_give_autograds_gradients_and_spoil_nothing_later(cell, solver):
+    torch.manual_seed(0)
+    module = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[cell](2, 4).double()
+    bad, good = torch.randn(2, 40, 2, 2).double()
+    bad[20, 1] = math.nan
+
+    def found(x):
+        output, _ = module(x)
+        return torch.autograd.grad(output.sum(), list(module.parameters()))
+
+    expected_bad, expected_good = found(bad), found(good)
+    parallelize(module, solver=solver, probe_every=0)
+    for ours, theirs in zip(found(bad), expected_bad, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+    for ours, theirs in zip(found(good), expected_good, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

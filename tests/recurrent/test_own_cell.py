@@ -183,3 +183,17 @@ def test_a_cell_that_drops_nothing_in_eval_mode_is_fine():
     expected = gradients(module, x)
     parallelize(module, SOLVERS["jacobi_gs"])
     assert relative_error(gradients(module, x)["input"], expected["input"]) < 1e-5
+
+
+@pytest.mark.parametrize("solver", ["jacobi_gs", "auto"])
+def test_hooks_of_parameters_see_the_gradient_once(solver):
+    module, seen = Recurrence(SoftplusCell(2, 3), 3).double(), []
+    x = torch.randn(12, 2, 2).double()
+    module(x)[0].sum().backward()
+    expected = module.cell.weight_hh.grad.clone()
+    module.zero_grad()
+    module.cell.weight_hh.register_hook(lambda grad: seen.append(grad) or 0.5 * grad)
+    parallelize(module, solver=solver)
+    module(x)[0].sum().backward()
+    assert len(seen) == 1
+    torch.testing.assert_close(module.cell.weight_hh.grad, 0.5 * expected)

@@ -321,3 +321,29 @@ def test_nobody_is_told_anything_where_all_is_well(caplog):
     with caplog.at_level(logging.INFO):
         gradients(model, x, of=("output",))
     assert caplog.records == []
+
+
+def test_a_module_may_be_restored_before_the_backward_pass():
+    module = nn.GRU(2, 3)
+    parallelize(module, solver="jacobi_gs")
+    loss = module(torch.randn(9, 2))[0].sum()
+    restore(module)
+    loss.backward()
+    assert module.weight_hh_l0.grad is not None
+
+
+def test_warnings_as_errors_leave_nothing_half_done():
+    module = nn.ModuleList([nn.GRU(2, 3), nn.LSTM(2, 3, proj_size=2)])
+    with pytest.raises(UserWarning, match="proj_size"):
+        parallelize(module)
+    assert all("forward" not in layer.__dict__ for layer in module)
+
+
+def test_an_empty_batch_and_a_list_of_states_are_as_before():
+    module = nn.LSTM(2, 3)
+    states = [torch.zeros(1, 4, 3), torch.zeros(1, 4, 3)]
+    x = torch.randn(5, 4, 2)
+    expected = module(x, states)[0]
+    parallelize(module)
+    assert torch.equal(module(x, states)[0], expected)
+    assert module(torch.randn(5, 0, 2))[0].shape == (5, 0, 3)
