@@ -190,8 +190,8 @@ class Controller:
         checked = self.options.iterations is None
         if checked and task.input.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UserError(
-                f"{self.name}: a tolerance is checked on the host, which a CUDA graph cannot wait for; set iterations=K "
-                "and solver=jacobi_gs, or leave this layer out."
+                f"{self.name}: a tolerance is checked on the host, for which a CUDA graph cannot wait; set "
+                "solver=jacobi_gs and iterations=K, or leave this layer out."
             )
         shape = shape_of(task.input)
         known = self._find(shape)
