@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,20 @@ def _report(result: TrainResult, hints: list[str]) -> None:
         print(line)
 
 
-def _show_messages() -> None:
+@contextlib.contextmanager
+def _messages_shown() -> Iterator[None]:
     """Show what is logged about the run, such as which solver was chosen; by the first process only."""
     from pytorch_lightning.utilities import rank_zero_only
 
-    logger = logging.getLogger("lit_parallel")
+    logger, handler = logging.getLogger("lit_parallel"), logging.StreamHandler()
+    level = logger.level
     logger.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.CRITICAL)
-    logger.addHandler(logging.StreamHandler())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -138,8 +146,8 @@ def main(argv: Sequence[str]) -> None:
         default_config=DEFAULT_CONFIG,
     )
     warnings.filterwarnings("ignore", category=FutureWarning)
-    _show_messages()
-    train(config)
+    with _messages_shown():
+        train(config)
 
 
 if __name__ == "__main__":
