@@ -353,7 +353,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args(argv)
 
-    logging.getLogger("lit_parallel.recurrent").setLevel(logging.ERROR)  # the tables say which way was taken
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
@@ -361,7 +360,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args.train_length = args.train_length or (200 if device.type == "cuda" else 100)
     report = new_report("rnn_backprop", device) | {"tf32": args.tf32, "cases": []}
     began = time.perf_counter()
-    run(args, device, report)
+    logger = logging.getLogger("lit_parallel.recurrent")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the tables say which way was taken
+    try:
+        run(args, device, report)
+    finally:
+        logger.setLevel(level)
     report["seconds"] = time.perf_counter() - began
     save_report(report, args.output)
     print_aims(f"aims and measurements, TF32 {args.tf32}, {report['seconds']:.0f} s in all", report["aims"])
