@@ -213,10 +213,12 @@ class Controller:
         tuned.calls += 1
         outcome, every = tuned.outcome, self.options.probe_every
         assert outcome is not None
+        again = every > 0 and tuned.calls % every == 0
         harder = auto and outcome.sweeps > 2 * tuned.sweeps_at_probe
-        if harder and known_before:
+        in_one_block = auto and outcome.block >= len(task.input)  # it may have learnt to forget
+        if known_before and (harder or (again and in_one_block)):
             self._choose(tuned, run, task.input, tuned.ordinary_seconds)
-        due = self.recheck or (every > 0 and (not known_before or tuned.calls % every == 0))
+        due = self.recheck or again or (every > 0 and not known_before)
         if compare and (ordinary or harder or due):
             self.recheck = False
             self._compare(tuned, run, task, grads, ordinary or run_ordinary(task))
@@ -337,7 +339,7 @@ class Controller:
         assert plan.tolerance is not None
         halo = forgetting_steps(_AIM * plan.tolerance, gain.per_step, chain.length)
         if plan.block > 1 and self.options.block_size is None:
-            plan.block = min(chain.preferred_block(halo), chain.length)
+            plan.block = chain.length if halo > chain.length // 2 else chain.preferred_block(halo)
         plan.halo = min(halo, max(0, chain.length - plan.block))
 
     def _adapt_rank(self, tuned: _Tuned, plan: Plan, outcome: Outcome, chain: Chain) -> None:
@@ -358,7 +360,8 @@ class Controller:
         times: dict[str, float] = {}
         for solver in ("jacobi_gs", "two_level"):
             tuned.solver = solver
-            tuned.ages.pop(solver, None)
+            for learnt in (tuned.plans, tuned.gains, tuned.ages):
+                learnt.pop(solver, None)
             run()  # compiles and measures
             began = time.perf_counter()
             run()
