@@ -36,10 +36,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rnn_common import new_report, relative_error, save_report, seconds_of
+from benchmarks.rnn_common import new_report, save_report
 from benchmarks.rnn_memory import Problem, long_memory, short_memory, train_on_adding
 from lit_parallel.networks.rnn import LastState
 from lit_parallel.recurrent import parallelize, records
+from lit_parallel.recurrent.comparison import relative_error
+from lit_parallel.recurrent.stopwatch import seconds_of
 
 CELLS = ("rnn", "lstm", "gru")
 SOLVERS = ("auto", "jacobi_gs", "two_level")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor
 
 from lit_parallel.plots import COLOURS, LINE_STYLES
-from lit_parallel.recurrent.stopwatch import synchronize
 from lit_parallel.report import environment, write_json
 
 
@@ -34,22 +29,6 @@ def save_report(report: dict[str, Any], output: Path | None) -> None:
         write_json(report, output)
 
 
-def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Norm of the difference of all gradients together, relative to the norm of the exact ones."""
-    distance = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, exact, strict=True))
-    size = sum(float(b.double().square().sum()) for b in exact)
-    return math.sqrt(distance / size) if size > 0 else math.sqrt(distance)
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of work that the device has finished."""
-    synchronize(device)
-    began = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - began
-
-
 def look(number: int) -> dict[str, Any]:
     """Colour and line style of a curve."""
     return {
@@ -60,7 +39,7 @@ def look(number: int) -> dict[str, Any]:
     }
 
 
-def tidy(axes: Axes, x: str, y: str, title: str) -> None:
+def tidy(axes: Axes, x: str, y: str, title: str, *, legend: bool = True) -> None:
     """Labels, a light grid, no box."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -68,3 +47,5 @@ def tidy(axes: Axes, x: str, y: str, title: str) -> None:
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axes.legend(frameon=False, fontsize=8, handlelength=3)

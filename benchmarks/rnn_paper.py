@@ -31,13 +31,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.common import CONFIGS
-from benchmarks.rnn_common import look, new_report, relative_error, save_report, tidy
+from benchmarks.rnn_common import look, new_report, save_report, tidy
 from lit_parallel.checkpoint import build_model
 from lit_parallel.config import TrainConfig, load_config
 from lit_parallel.data.datasets import build_data
 from lit_parallel.modules.sequence import NextPixelModule
 from lit_parallel.plots import new_figure, save_figure
 from lit_parallel.recurrent import parallelize, restore
+from lit_parallel.recurrent.comparison import relative_error
 from lit_parallel.recurrent.stopwatch import synchronize
 
 _FULL = "full"
@@ -160,9 +161,7 @@ def figure(report: dict[str, Any]) -> Figure:
         of_steps.plot(range(width, len(loss) + 1), smooth, label=label, **look(number) | wide)
         of_time.plot(seconds, smooth, label=label, **look(number) | wide)
     tidy(of_steps, "step", "training loss (nats per pixel)", "Loss against steps")
-    tidy(of_time, "wall-clock time (s)", "training loss (nats per pixel)", "Loss against time")
-    for axes in (of_error, of_steps):
-        axes.legend(frameon=False, fontsize=8, handlelength=3)
+    tidy(of_time, "wall-clock time (s)", "training loss (nats per pixel)", "Loss against time", legend=False)
     return drawn
 
 

@@ -118,8 +118,6 @@ def figure(report: dict[str, Any]) -> Figure:
     of_deviation.set_yscale("log", nonpositive="clip")
     tidy(of_loss, "step", "training loss", "Loss")
     tidy(of_deviation, "step", "relative deviation from ordinary training", "Deviation")
-    for axes in (of_loss, of_deviation):
-        axes.legend(frameon=False, fontsize=8, handlelength=3)
     return drawn
 
 

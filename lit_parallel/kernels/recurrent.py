@@ -300,7 +300,6 @@ class KernelChain(Chain):
         self.resident = cell.gates == 1 and self.hidden <= _MAX_RESIDENT
         # Measured on an H100.
         self.step_costs = (3e-6, 1e-9) if self.resident else (1e-5, 2.6e-9 * (self.hidden / 128) ** 2)
-
         if not self.resident:
             self.halves, self.scale = _halves(self.weight)
         #: On the device, ``[1]``: if given, it counts instead of the argument of :meth:`walk`.

@@ -67,7 +67,7 @@ class Chain(ABC):
             halo: Steps before its own that each block walks as well.
             start: What arrives there, ``[blocks, batch, columns, state_size]``; None: zero, and for blocks that reach
                 the end of the chain what arrives there.
-            source: See :meth:`step`.
+            source: Whether the output's gradient is added; without, the chain is homogeneous.
             into: ``[length, batch, gradient_size]``, filled with what the steps leave behind.
         """
 

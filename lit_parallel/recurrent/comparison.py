@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_parallel.recurrent.layers import BackwardPass
-from lit_parallel.recurrent.stopwatch import synchronize
+from lit_parallel.recurrent.stopwatch import seconds_of, synchronize
 
 _REPEATS = 3
 
@@ -42,10 +42,15 @@ class OrdinaryRun:
     def distance(self, gradients: Sequence[Tensor | None], which: slice) -> float:
         """Norm of the difference of some gradients, relative to the norm of the ordinary ones."""
         pairs = zip(gradients[which], self.gradients[which], strict=True)
-        found = [(a.double(), b.double()) for a, b in pairs if a is not None and b is not None]
-        distance = sum(float((a - b).square().sum()) for a, b in found)
-        size = sum(float(b.square().sum()) for _, b in found)
-        return math.sqrt(distance / size) if size > 0 else math.sqrt(distance)
+        found = [(a, b) for a, b in pairs if a is not None and b is not None]
+        return relative_error([a for a, _ in found], [b for _, b in found])
+
+
+def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Norm of the difference of all tensors together, relative to the norm of the exact ones; in float64."""
+    distance = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, exact, strict=True))
+    size = sum(float(b.double().square().sum()) for b in exact)
+    return math.sqrt(distance / size) if size > 0 else math.sqrt(distance)
 
 
 def run_ordinary(task: BackwardPass) -> OrdinaryRun:
@@ -65,7 +70,7 @@ def run_ordinary(task: BackwardPass) -> OrdinaryRun:
         backward.append(time.perf_counter() - between)
     with torch.enable_grad():
         results = _Known.apply(found, outputs, *wanted)
-    by_itself = seconds_of(
+    by_itself = median_seconds_of(
         lambda: torch.autograd.grad(results, wanted, given, allow_unused=True, retain_graph=True), device
     )
     each = iter(found)
@@ -73,16 +78,9 @@ def run_ordinary(task: BackwardPass) -> OrdinaryRun:
     return OrdinaryRun(min(forward), min(backward), by_itself, gradients)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+def median_seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """Median time of some runs."""
-    times = []
-    for _ in range(_REPEATS):
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return statistics.median(seconds_of(run, device) for _ in range(_REPEATS))
 
 
 class _Known(torch.autograd.Function):

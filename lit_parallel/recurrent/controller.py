@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,11 +15,11 @@ from torch import Tensor
 from lit_parallel.errors import UserError
 from lit_parallel.recurrent.chain import Chain, blocks_of
 from lit_parallel.recurrent.coarse import next_basis
-from lit_parallel.recurrent.comparison import OrdinaryRun, run_ordinary, seconds_of
+from lit_parallel.recurrent.comparison import OrdinaryRun, median_seconds_of, run_ordinary
 from lit_parallel.recurrent.layers import BackwardPass, can_be_captured
 from lit_parallel.recurrent.options import RecurrentOptions
 from lit_parallel.recurrent.solve import Gain, Outcome, Plan, measure_gain, solve_chain
-from lit_parallel.recurrent.stopwatch import Stopwatch, synchronize
+from lit_parallel.recurrent.stopwatch import Stopwatch, seconds_of
 
 if TYPE_CHECKING:
     from lit_parallel.recurrent.captured import CapturedPass
@@ -168,16 +167,11 @@ class Controller:
         self._tuned[shape] = copy
         return copy
 
-    def slower(self, shape: Shape) -> bool | None:
-        """Whether the ordinary way is faster, forward pass included; None if that was not measured."""
+    def seconds(self, shape: Shape) -> tuple[float, float] | None:
+        """Measured time of the ordinary and of the parallel way, forward passes included; None if not measured."""
         tuned = self._find(shape)
         if tuned is None or math.isnan(tuned.ordinary_seconds):
             return None
-        return tuned.ordinary_seconds < tuned.parallel_seconds
-
-    def seconds(self, shape: Shape) -> tuple[float, float]:
-        """Measured time of the ordinary and of the parallel way, forward passes included."""
-        tuned = self._tuned[shape]
         return tuned.ordinary_seconds, tuned.parallel_seconds
 
     def backward(self, task: BackwardPass, *, compare: bool = True) -> tuple[Tensor | None, ...]:
@@ -363,15 +357,12 @@ class Controller:
             for learnt in (tuned.plans, tuned.gains, tuned.ages):
                 learnt.pop(solver, None)
             run()  # compiles and measures
-            began = time.perf_counter()
-            run()
-            synchronize(input.device)
-            times[solver] = time.perf_counter() - began
+            times[solver] = seconds_of(run, input.device)
             fastest = min(seconds for seconds in (limit, *times.values()) if not math.isnan(seconds))
             if times[solver] < _HOPELESS * fastest:
                 for _ in range(_WARM):  # halo or rank settle, and the last may be captured
                     run()
-                times[solver] = seconds_of(run, input.device)
+                times[solver] = median_seconds_of(run, input.device)
             if len(input) < 4 * tuned.plans[solver].block:
                 break
         tuned.solver = min(times, key=lambda solver: times[solver])
@@ -395,9 +386,9 @@ class Controller:
     ) -> None:
         """Note how far the ordinary backward pass on the same batch is from ours, and how long each takes."""
         device = task.input.device
-        backward = seconds_of(run, device) + ordinary.autograd_seconds  # which the ordinary one contains
+        backward = median_seconds_of(run, device) + ordinary.autograd_seconds  # which the ordinary one contains
         tuned.ordinary_seconds = ordinary.seconds
-        tuned.parallel_seconds = seconds_of(task.forward, device) + backward
+        tuned.parallel_seconds = median_seconds_of(task.forward, device) + backward
         distance = ordinary.distance(grads, task.parameters)
         if tuned.plans[tuned.solver].tolerance is not None and distance > _SUSPICIOUS:
             tuned.ages.clear()  # measure anew how errors grow

@@ -155,7 +155,8 @@ class LayerPass(BackwardPass):
         """Bytes that a pass takes, about."""
         cell = cell_of(self.kind)
         hidden = 4 * self.layer.output.numel()  # passes in a narrower type run in float32
-        return hidden * (4 + cell.factors + cell.gates + cell.pre_activations)
+        copies = 2 * 4 * self.layer.input.numel()  # of the input and its gradient
+        return copies + hidden * (4 + cell.factors + cell.gates + cell.pre_activations)
 
     @full_precision()
     def gradients(self, solve: Solve) -> tuple[Tensor | None, ...]:

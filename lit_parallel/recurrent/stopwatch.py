@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -36,6 +37,15 @@ class Stopwatch:
             self._times[which] = time.perf_counter()
         else:
             self._events[which].record()
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of work that the device has finished."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:

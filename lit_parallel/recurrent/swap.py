@@ -139,10 +139,10 @@ class _ParallelForward:
     def _is_slower(self, input: Tensor) -> bool:
         """Whether the ordinary way was measured to be faster for such an input; says so once."""
         shape = shape_of(input)
-        verdicts = [controller.slower(shape) for controller in self.controllers.values()]
-        if None in verdicts:
+        measured = [controller.seconds(shape) for controller in self.controllers.values()]
+        times = [seconds for seconds in measured if seconds is not None]
+        if len(times) < len(measured):
             return False
-        times = [controller.seconds(shape) for controller in self.controllers.values()]
         ordinary, parallel = (sum(column) for column in zip(*times, strict=True))
         auto = self.options.solver == "auto"
         if (_WORTH_IT if auto else 1) * parallel <= ordinary:

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks import rnn_memory
 from benchmarks.rnn_backprop import Shape, cases_of, compare_with_aims, judge, main, shown_speedup
-from benchmarks.rnn_common import relative_error
 from benchmarks.rnn_memory import long_memory, short_memory, train_on_adding
+from lit_parallel.recurrent.comparison import relative_error
 from lit_parallel.recurrent.swap import ParallelForward
 
 CPU = torch.device("cpu")

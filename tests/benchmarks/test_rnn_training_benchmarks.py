@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import rnn_paper, rnn_training
-from benchmarks.rnn_common import relative_error
 from lit_parallel.modules.options import RnnOptions
 from lit_parallel.modules.sequence import NextPixelModule
+from lit_parallel.recurrent.comparison import relative_error
 from lit_parallel.recurrent.swap import ParallelForward
 
 pytestmark = [
