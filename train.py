@@ -1,8 +1,9 @@
-"""Train a model: ``python train.py [--config PATH] [key=value ...]``."""
+"""Train a model, or test a checkpoint: ``python train.py [--config PATH] [stage=test] [key=value ...]``."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import sys
@@ -17,13 +18,14 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "made_mnist5k.yaml"
 
 @dataclass
 class TrainResult:
-    """What :func:`train` returns.
+    """What :func:`train` and :func:`evaluate` return.
 
     Attributes:
         folder: The run folder.
-        checkpoint: The last checkpoint, or ``None`` if none was written (``fast_dev_run``).
+        checkpoint: The last checkpoint, or ``None`` if none was written (``fast_dev_run``); of a test, what was tested,
+            or ``None`` if it was the weights that the model starts from.
         metrics: The last value of every logged metric.
-        model: The trained LightningModule.
+        model: The LightningModule.
     """
 
     folder: Path
@@ -33,12 +35,14 @@ class TrainResult:
 
 
 def train(config: Any) -> TrainResult:
-    """Train as a :class:`lit_parallel.config.TrainConfig` says.
+    """Train as a :class:`lit_parallel.config.TrainConfig` says; with ``stage=test``, the same as :func:`evaluate`.
 
     Example:
         >>> from lit_parallel.config import TrainConfig, load_config
         >>> result = train(load_config(TrainConfig, "configs/made_mnist5k.yaml", ["trainer.max_epochs=3"]))
     """
+    if config.stage == "test":
+        return evaluate(config)
     import pytorch_lightning as pl
     from pytorch_lightning.utilities import rank_zero_only
 
@@ -46,6 +50,7 @@ def train(config: Any) -> TrainResult:
     from lit_parallel.checkpoint import build_model
     from lit_parallel.config import save_config, to_container
     from lit_parallel.data.datasets import build_data
+    from lit_parallel.errors import UserError
     from lit_parallel.modules.autoregressive import AutoregressiveModule
     from lit_parallel.runs import new_run_folder
     from lit_parallel.sampling.sampler import Sampler, What
@@ -53,6 +58,8 @@ def train(config: Any) -> TrainResult:
     from lit_parallel.trainer import build_trainer, check_trainer, lightning_refusals
 
     # Everything that can be wrong is tried before a run folder exists.
+    if config.checkpoint is not None:
+        raise UserError("checkpoint names what is tested: set stage=test, or leave it out.")
     check_trainer(config.trainer)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config.data, config.seed)
@@ -61,6 +68,7 @@ def train(config: Any) -> TrainResult:
         data.setup("fit")
     model = build_model(config, data.sample_shape)
     model.check_data(data)
+    model.load_initial_weights()
     model.compile_network = config.compile
     if isinstance(model, AutoregressiveModule) and config.callbacks.sample_grid.enabled:
         Sampler(model, config.solver, 1, What(config.seed, config.sampling))
@@ -95,13 +103,124 @@ def train(config: Any) -> TrainResult:
     return result
 
 
-def _report(result: TrainResult, hints: list[str]) -> None:
-    from lit_parallel.modules.autoregressive import AutoregressiveModule
+def evaluate(config: Any) -> TrainResult:
+    """Test a checkpoint on the test set, as a :class:`lit_parallel.config.TrainConfig` with ``stage=test`` says.
 
+    The model is what the checkpoint holds; data, trainer and callbacks are the config's. Without ``checkpoint`` it is
+    the model with the weights that it would start training from, if the config names any (``model.pretrained``,
+    ``model.weights``), otherwise the newest checkpoint of the experiment. The run folder gets a ``report.json``.
+
+    Example:
+        >>> from lit_parallel.config import TrainConfig, load_config
+        >>> result = evaluate(load_config(TrainConfig, "configs/made_mnist5k.yaml", ["stage=test"]))
+    """
+    import pytorch_lightning as pl
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from callbacks import build_testing_callbacks
+    from lit_parallel.config import save_config, to_container
+    from lit_parallel.data.datasets import build_data
+    from lit_parallel.report import environment, write_json
+    from lit_parallel.runs import new_run_folder, short_path
+    from lit_parallel.tracking import build_logger, finish, how_to_look
+    from lit_parallel.trainer import build_trainer, check_trainer, lightning_refusals
+
+    # Everything that can be wrong is tried before a run folder exists.
+    check_trainer(config.trainer)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = build_data(config.data, config.seed)
+    model, config, notes = _what_to_test(config, data)
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        data.prepare_data()
+        data.setup("test")
+    model.check_data(data)
+    if config.checkpoint is None:
+        _start_from_weights(model, data)
+    callbacks = build_testing_callbacks(config, model)
+    folder = new_run_folder(config.runs_folder, config.experiment)
+    container = to_container(config)
+    logger = build_logger(config.wandb, folder, config=container, experiment=config.experiment, job_type="test")
+    try:
+        trainer = build_trainer(
+            config.trainer,
+            callbacks=callbacks,
+            logger=logger if logger is not None else False,
+            default_root_dir=folder,
+            enable_checkpointing=False,
+        )
+        with lightning_refusals():
+            trainer.test(model, datamodule=data, verbose=False)
+    finally:
+        finish(logger)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    result = TrainResult(folder, None if config.checkpoint is None else Path(config.checkpoint), metrics, model)
+    if trainer.is_global_zero:
+        save_config(config, folder / "config.yaml")
+        report = {
+            "checkpoint": config.checkpoint,
+            "weights": model.initial_weights if config.checkpoint is None else None,
+            "config": container,
+            "environment": environment(trainer.strategy.root_device),
+            "metrics": metrics,
+        }
+        write_json(report, folder / "report.json")
+        print(f"tested: {config.checkpoint or model.initial_weights}")
+        _print_metrics(result)
+        for line in (*notes, f"report: {short_path(folder / 'report.json')}", *how_to_look(logger)):
+            print(line)
+    return result
+
+
+def _what_to_test(config: Any, data: Any) -> tuple[Any, Any, list[str]]:
+    """The model, the config with what is known of it, and lines for the user."""
+    from lit_parallel.checkpoint import build_model, load, saved_config
+    from lit_parallel.errors import UserError
+    from lit_parallel.runs import newest_checkpoint
+
+    if config.checkpoint is None:
+        model = build_model(config, data.sample_shape)
+        if model.initial_weights is not None:
+            return model, config, []
+    checkpoint = Path(config.checkpoint or newest_checkpoint(config.runs_folder, config.experiment))
+    model = load(checkpoint)
+    saved = saved_config(model).model
+    if saved.name != config.model.name:
+        raise UserError(
+            f"'{checkpoint}' holds a model of model.name={saved.name}, and the config says {config.model.name}: name "
+            "the config that it was trained with (--config; its run folder has a config.yaml)."
+        )
+    shapes = ["x".join(map(str, shape)) for shape in (model.hparams["sample_shape"], data.sample_shape)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"'{checkpoint}' was trained on samples of {shapes[0]}, and the data have {shapes[1]}: test it on its own."
+        )
+    other = [f"model.{name}={value}" for name, value in vars(saved).items() if value != getattr(config.model, name)]
+    notes = [f"as the checkpoint says, not the config: {', '.join(other)}"] if other else []
+    return model, dataclasses.replace(config, model=saved, checkpoint=str(checkpoint)), notes
+
+
+def _start_from_weights(model: Any, data: Any) -> None:
+    from lit_parallel.errors import UserError
+
+    model.load_initial_weights()
+    if data.num_classes != model.num_classes:
+        raise UserError(
+            f"the weights know {model.num_classes} classes and the data have {data.num_classes}, so that labels mean "
+            "different things: test them on the data that they were trained on."
+        )
+
+
+def _print_metrics(result: TrainResult) -> None:
     for metric in result.model.metrics:
         for name in (f"train/{metric}", f"val/{metric}", f"test/{metric}"):
             if name in result.metrics:
                 print(f"{name}: {result.metrics[name]:.3f}")
+
+
+def _report(result: TrainResult, hints: list[str]) -> None:
+    from lit_parallel.modules.autoregressive import AutoregressiveModule
+
+    _print_metrics(result)
     if any(not math.isfinite(value) for value in result.metrics.values()):
         print("training diverged: its values are not finite; train again with a smaller optimizer.lr")
     elif result.checkpoint is not None:
@@ -137,11 +256,11 @@ def main(argv: Sequence[str]) -> None:
         TrainConfig,
         argv,
         program="python train.py",
-        description="Train a model; everything it leaves is in runs/<experiment>/<time>/.",
+        description="Train a model, or test a checkpoint; everything it leaves is in runs/<experiment>/<time>/.",
         examples=[
             "python train.py",
             "python train.py --config configs/made_cifar10.yaml trainer.max_epochs=3 data.folder=PATH",
-            "python train.py optimizer.lr=3e-4 model.hidden_sizes=[1024,1024] wandb.mode=disabled",
+            "python train.py --config configs/densenet_mnist5k.yaml stage=test",
         ],
         default_config=DEFAULT_CONFIG,
     )

@@ -1,7 +1,8 @@
 """What a Trainer plugs in; the mathematics lives in lit_parallel."""
 
-from callbacks.build import build_training_callbacks
+from callbacks.build import build_testing_callbacks, build_training_callbacks
 from callbacks.jacobi_backprop import JacobiBackprop
+from callbacks.jacobi_evaluation import JacobiEvaluation
 from callbacks.sample_grid import SampleGrid
 
-__all__ = ["JacobiBackprop", "SampleGrid", "build_training_callbacks"]
+__all__ = ["JacobiBackprop", "JacobiEvaluation", "SampleGrid", "build_testing_callbacks", "build_training_callbacks"]

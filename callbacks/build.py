@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import (
 from torch import Tensor
 
 from callbacks.jacobi_backprop import JacobiBackprop
+from callbacks.jacobi_evaluation import JacobiEvaluation
 from callbacks.sample_grid import SampleGrid
 from lit_parallel.config import TrainConfig
 from lit_parallel.errors import UserError
@@ -24,7 +25,7 @@ from lit_parallel.options import fields_of, join_key
 
 
 def build_training_callbacks(config: TrainConfig, folder: Path, model: TrainableModule) -> list[pl.Callback]:
-    """Checkpoints, sample grid, weight average, parallel backpropagation, early stopping, learning rate, progress bar.
+    """All that a config asks for, from checkpoints to the progress bar, in the order in which they are to be called.
 
     Args:
         config: The resolved config.
@@ -69,20 +70,42 @@ def build_training_callbacks(config: TrainConfig, folder: Path, model: Trainable
         jacobi_backprop = JacobiBackprop(options.jacobi_backprop)
         jacobi_backprop.check(model)
         callbacks.append(jacobi_backprop)
+    callbacks += _jacobi_evaluation(config, model)
     if options.early_stopping.enabled:
         if monitor is None:
             raise UserError("callbacks.early_stopping needs validation data: set data.validation_fraction=0.1.")
         callbacks.append(EarlyStopping(monitor=monitor, patience=options.early_stopping.patience))
     if config.wandb.mode != "disabled":
         callbacks.append(LearningRateMonitor(logging_interval="step"))
-    if config.trainer.enable_progress_bar is not False:
-        callbacks.append(RichProgressBar(leave=False))
-    return callbacks
+    return [*callbacks, *_progress_bar(config)]
+
+
+def build_testing_callbacks(config: TrainConfig, model: TrainableModule) -> list[pl.Callback]:
+    """What a test of a checkpoint plugs in: parallel evaluation, progress bar.
+
+    Args:
+        config: The resolved config.
+        model: What is tested.
+    """
+    return [*_jacobi_evaluation(config, model), *_progress_bar(config)]
+
+
+def _jacobi_evaluation(config: TrainConfig, model: TrainableModule) -> list[pl.Callback]:
+    if not config.callbacks.jacobi_evaluation.enabled:
+        return []
+    jacobi_evaluation = JacobiEvaluation(config.callbacks.jacobi_evaluation)
+    jacobi_evaluation.check(model)
+    return [jacobi_evaluation]
+
+
+def _progress_bar(config: TrainConfig) -> list[pl.Callback]:
+    return [RichProgressBar(leave=False)] if config.trainer.enable_progress_bar is not False else []
 
 
 def _refuse_sampling_options(config: TrainConfig) -> None:
     """Raise a `UserError` about the first option that would be without effect on a model that is not sampled."""
     groups: dict[str, Any] = {"solver": config.solver, "sampling": config.sampling}
+    kind = f"model.task={config.model.task}" if hasattr(config.model, "task") else f"model.name={config.model.name}"
     if config.callbacks.sample_grid.enabled:
         groups["callbacks.sample_grid"] = config.callbacks.sample_grid
     for key, options in groups.items():
@@ -90,8 +113,8 @@ def _refuse_sampling_options(config: TrainConfig) -> None:
         for name in fields_of(options):
             if getattr(options, name) != getattr(default, name):
                 raise UserError(
-                    f"Option '{join_key(key, name)}' says how samples are drawn, and a model with "
-                    f"model.task={config.model.task} draws none: leave it out."
+                    f"Option '{join_key(key, name)}' says how samples are drawn, and a model with {kind} draws none: "
+                    "leave it out."
                 )
 
 

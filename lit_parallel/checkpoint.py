@@ -13,6 +13,7 @@ import torch
 from lit_parallel.config import TrainConfig, from_container, to_container
 from lit_parallel.errors import UserError
 from lit_parallel.modules.base import TrainableModule
+from lit_parallel.modules.densenet import DenseNetModule
 from lit_parallel.modules.made import MadeModule
 from lit_parallel.modules.pixelcnnpp import PixelCNNppModule
 from lit_parallel.modules.sequence import build_sequence_module
@@ -21,6 +22,7 @@ _MODULES: dict[str, Callable[..., TrainableModule]] = {
     "made": MadeModule,
     "pixelcnnpp": PixelCNNppModule,
     "rnn": build_sequence_module,
+    "densenet": DenseNetModule,
 }
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lit_parallel.data.options import DATA_OPTIONS, DataOptions
+from lit_parallel.dense.options import DenseOptions
 from lit_parallel.errors import UserError, did_you_mean, first_line
 from lit_parallel.modules.options import MODEL_OPTIONS, MadeOptions, OptimizerOptions
 from lit_parallel.options import (
@@ -38,6 +39,7 @@ Schema = TypeVar("Schema")
 
 BASELINE_NAMES = ("sequential", "cached_sequential")
 WANDB_MODES = ("offline", "online", "disabled")
+STAGES = ("train", "test")
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 _PRECISIONS = (
@@ -126,6 +128,18 @@ class JacobiBackpropOptions(RecurrentOptions, _JacobiBackpropSwitch):
 
 
 @dataclass
+class _JacobiEvaluationSwitch:
+    """A base of its own, so that it stands before the other options."""
+
+    enabled: bool = option(False, "whether DenseNets are evaluated in parallel over their layers")
+
+
+@dataclass
+class JacobiEvaluationOptions(DenseOptions, _JacobiEvaluationSwitch):
+    """Validation and test of DenseNets, parallel over the layers of a dense block."""
+
+
+@dataclass
 class CallbackOptions:
     """What is plugged into the Trainer."""
 
@@ -135,6 +149,7 @@ class CallbackOptions:
     jacobi_backprop: JacobiBackpropOptions = group(
         JacobiBackpropOptions, "parallel backpropagation of recurrent layers"
     )
+    jacobi_evaluation: JacobiEvaluationOptions = group(JacobiEvaluationOptions, "parallel evaluation of DenseNets")
 
 
 @dataclass
@@ -172,6 +187,8 @@ class TrainConfig:
     experiment: str = option("made_mnist5k", "names the folder of the run", non_empty=True)
     seed: int = option(0, "seed of weights, data order and noise", minimum=0, maximum=MAX_SEED)
     runs_folder: str = option("runs", "folder in which every run gets a folder of its own", non_empty=True)
+    stage: str = option("train", "train a model, or test a checkpoint", choices=STAGES)
+    checkpoint: str | None = option(None, "stage=test: what to test (null: the newest of this experiment)")
     # One of MODEL_OPTIONS, as model.name says.
     model: Any = group(MadeOptions, "the network", kinds=MODEL_OPTIONS)
     # One of DATA_OPTIONS, as data.name says.

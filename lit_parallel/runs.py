@@ -37,16 +37,22 @@ def new_run_folder(runs_folder: str | Path, experiment: str) -> Path:
     raise UserError(f"Cannot find a free name for a run folder in '{parent}'. Set runs_folder.")
 
 
-def newest_checkpoint(runs_folder: str | Path) -> Path:
+def newest_checkpoint(runs_folder: str | Path, experiment: str | None = None) -> Path:
     """The ``last.ckpt`` that was written last below a runs folder.
+
+    Args:
+        runs_folder: Where the runs are.
+        experiment: Look at the runs of this experiment only.
 
     Raises:
         UserError: If there is none.
     """
-    found = sorted(Path(runs_folder).glob("*/*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    folder = Path(runs_folder) if experiment is None else Path(runs_folder) / experiment
+    runs = "*/*" if experiment is None else "*"
+    found = sorted(folder.glob(f"{runs}/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(
-            f"There is no checkpoint below '{runs_folder}': run 'python train.py' first, or name one with --checkpoint."
+            f"There is no checkpoint below '{folder}': run 'python train.py' first, or name one with --checkpoint."
         )
     return found[-1]
 

@@ -16,7 +16,10 @@ class Status(enum.Enum):
     """How the solve of one sample ended; the value is the sentence a user reads."""
 
     CONVERGED = "converged: every equation was evaluated after the last change of all before it"
-    SETTLED = "settled: no equation changed by more than the tolerance (this bounds the change, not the error)"
+    SETTLED = (
+        "settled: no equation changed by more than the tolerance, or what the system itself watches stayed the same "
+        "(this bounds the change, not the error)"
+    )
     ITERATION_LIMIT = "hit the iteration limit before every equation was final"
     NOT_TRIANGULAR = (
         "not settled after T iterations, which always suffice: some equation depends on itself or a later one, if only "

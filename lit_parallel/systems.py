@@ -59,12 +59,15 @@ class Evaluation:
         value: ``[batch, width, ...]`` the new values, against which a relative tolerance is measured, or ``None`` if
             the system has no notion of their size.
         fused: Books of an evaluation that ran to the end; then nothing else counts.
+        settled: ``[batch]`` samples whose result is good enough by the system's own measure, whatever still changes,
+            or ``None`` if it has no such measure, as the system's :meth:`TriangularSystem.reference` should not.
     """
 
     equations: Equations
     change: Tensor
     value: Tensor | None = None
     fused: FusedBooks | None = None
+    settled: Tensor | None = None
 
     def size(self) -> Tensor:
         """``[batch, width]`` largest absolute value of each equation's value."""

@@ -36,7 +36,7 @@ def build_logger(
         folder: Run folder; the run's files go into its ``wandb`` folder.
         config: The resolved config as plain containers; logged.
         experiment: Groups the runs that belong together.
-        job_type: ``train`` or ``sample``.
+        job_type: ``train``, ``test`` or ``sample``.
 
     Raises:
         UserError: If an online run has no API key, or the server does not answer.

@@ -132,8 +132,8 @@ def test_container_survives_a_checkpoint(tmp_path):
 
 
 def test_container_of_another_version_is_refused():
-    with pytest.raises(UserError, match=r"Unknown option 'optimizer\.momentum'"):
-        from_container(TrainConfig, {"optimizer": {"momentum": 0.9}})
+    with pytest.raises(UserError, match=r"Unknown option 'optimizer\.dampening'"):
+        from_container(TrainConfig, {"optimizer": {"dampening": 0.9}})
 
 
 def test_instances_share_nothing():

@@ -34,6 +34,9 @@ def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):
         path.write_text("")
         os.utime(path, (10_000 - age, 10_000 - age))
     assert newest_checkpoint(tmp_path) == paths[1]
+    assert newest_checkpoint(tmp_path, "made") == paths[1]
+    with pytest.raises(UserError, match=r"no checkpoint below .*other"):
+        newest_checkpoint(tmp_path, "other")
     assert run_folder_of(paths[1]) == paths[1].parent.parent.resolve()
     assert run_folder_of(tmp_path / "moved.ckpt") is None
 

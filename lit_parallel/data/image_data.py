@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_parallel.data.augmentation import Augmentation, random_crop_and_flip
 from lit_parallel.data.in_memory import InMemoryData, Samples
 from lit_parallel.data.options import DataOptions
 from lit_parallel.errors import UserError
@@ -41,10 +42,12 @@ class ImageData(InMemoryData):
     Attributes:
         image_shape: Channels, height and width of the images as they are stored.
         num_classes: Labels are ``0 .. num_classes - 1``.
+        augmentation: What a batch of images may go through in training and keep its labels; the model applies it.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
+    augmentation: Augmentation = staticmethod(random_crop_and_flip)
     options: DataOptions
 
     def __init__(self, options: DataOptions, seed: int):
@@ -80,7 +83,7 @@ class ImageData(InMemoryData):
 
     def test_images(self) -> Tensor:
         """The test images, uint8 ``[n, channels, height, width]``."""
-        return self._set(2).inputs
+        return self.samples("test").inputs
 
 
 def area_average(images: Tensor, side: int) -> Tensor:

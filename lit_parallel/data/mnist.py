@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lit_parallel.data.augmentation import random_crop
 from lit_parallel.data.download import download
 from lit_parallel.data.image_data import ImageSet
 from lit_parallel.data.official import OfficialData, damaged, read_bytes
@@ -32,6 +33,7 @@ class MnistData(OfficialData):
     name = "mnist"
     image_shape = (1, 28, 28)
     num_classes = 10
+    augmentation = staticmethod(random_crop)  # a mirrored digit is none
     file_names = tuple(MD5)
 
     def candidates(self, name: str) -> tuple[Path, ...]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from lit_parallel.data.augmentation import random_crop
 from lit_parallel.data.image_data import ImageData, ImageSet
 
 NUM_TEST = 500
@@ -13,6 +14,7 @@ class Mnist5kData(ImageData):
     name = "mnist5k"
     image_shape = (1, 28, 28)
     num_classes = 10
+    augmentation = staticmethod(random_crop)  # a mirrored digit is none
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """See `ImageData`."""

@@ -43,4 +43,19 @@ class AddingOptions(LoaderOptions):
     test_size: int = option(1000, "sequences to test with", minimum=1)
 
 
-DATA_OPTIONS: dict[str, type] = {**dict.fromkeys(IMAGE_NAMES, DataOptions), "adding": AddingOptions}
+@dataclass
+class ImageFolderOptions(LoaderOptions):
+    """Image files in folders of their classes, as ImageNet comes: train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
+
+    name: str = option("image_folder", "the kind of data", choices=("image_folder",))
+    folder: str | None = option(None, "folder that holds the folders train and val")
+    resize: int = option(256, "evaluation: pixels of the shorter side after resizing", minimum=1)
+    crop: int = option(224, "height and width of the images; evaluation cuts out the centre", minimum=1)
+    augment: bool = option(True, "training: cut out and mirror at random (false: as in evaluation)")
+
+
+DATA_OPTIONS: dict[str, type] = {
+    **dict.fromkeys(IMAGE_NAMES, DataOptions),
+    "adding": AddingOptions,
+    "image_folder": ImageFolderOptions,
+}

@@ -27,12 +27,15 @@ class TrainableModule(pl.LightningModule):
         metrics: What is logged of training, validation and test, as ``val/<name>``: the smaller the first one, the
             better the model.
         num_classes: Number of labels that the model knows, or ``None``.
+        initial_weights: Weights that training starts from, or that are tested where no checkpoint is named: a file or
+            the name of published ones; ``None``: fresh ones.
     """
 
     network: torch.nn.Module
     compile_network: bool = False
     metrics: tuple[str, ...] = ("loss",)
     num_classes: int | None = None
+    initial_weights: str | None = None
 
     def __init__(
         self, sample_shape: Sequence[int], optimizer: OptimizerOptions, config: dict[str, Any] | None = None
@@ -41,6 +44,10 @@ class TrainableModule(pl.LightningModule):
         defaults = OptimizerOptions()
         if optimizer.name == "sgd" and (optimizer.beta1, optimizer.beta2) != (defaults.beta1, defaults.beta2):
             raise UserError("optimizer.beta1 and beta2 belong to adamw: leave them out, or set optimizer.name=adamw.")
+        if optimizer.name != "sgd" and (optimizer.momentum, optimizer.nesterov) != (0, False):
+            raise UserError("optimizer.momentum and nesterov belong to sgd: leave them out, or set optimizer.name=sgd.")
+        if optimizer.nesterov and not optimizer.momentum:
+            raise UserError("optimizer.nesterov needs a momentum: set optimizer.momentum=0.9, or leave nesterov out.")
         self.optimizer_options = optimizer
         # Plain containers only: torch.load(weights_only=True) refuses anything else.
         self.hparams.update({"config": config, "sample_shape": list(sample_shape)})
@@ -60,6 +67,13 @@ class TrainableModule(pl.LightningModule):
         if self.num_classes is not None and known > self.num_classes:
             raise UserError(f"the data have {known} classes: set model.num_classes={known}, not {self.num_classes}.")
 
+    def load_initial_weights(self) -> None:
+        """Load :attr:`initial_weights`, if there are any; a checkpoint never needs it, since it holds its weights.
+
+        Raises:
+            UserError: If they cannot be had, or do not fit.
+        """
+
     def on_fit_start(self) -> None:
         if self.compile_network:
             # Of the method, not the module: the state dict stays as it is.
@@ -74,7 +88,13 @@ class TrainableModule(pl.LightningModule):
         options = self.optimizer_options
         optimizer: torch.optim.Optimizer
         if options.name == "sgd":
-            optimizer = torch.optim.SGD(self.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+            optimizer = torch.optim.SGD(
+                self.parameters(),
+                lr=options.lr,
+                momentum=options.momentum,
+                nesterov=options.nesterov,
+                weight_decay=options.weight_decay,
+            )
         else:
             optimizer = torch.optim.AdamW(
                 self.parameters(),

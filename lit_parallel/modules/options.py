@@ -6,6 +6,7 @@ from lit_parallel.options import MAX_SEED, option
 
 TASKS = ("next_pixel", "classification", "regression")
 CELLS = ("softplus", "rnn", "rnn_relu", "gru", "lstm")
+ARCHITECTURES = ("densenet121", "densenet161", "densenet169", "densenet201", "cifar", "custom")
 
 
 @dataclass
@@ -53,17 +54,48 @@ class RnnOptions:
     num_classes: int | None = option(None, "classification: labels (null: 10)", minimum=1)
 
 
-MODEL_OPTIONS: dict[str, type] = {"made": MadeOptions, "pixelcnnpp": PixelCNNppOptions, "rnn": RnnOptions}
+@dataclass
+class DenseNetOptions:
+    """A DenseNet, which tells the class of an image."""
+
+    name: str = option("densenet", "the kind of model", choices=("densenet",))
+    architecture: str = option("densenet121", "a published one, cifar (by depth), or custom", choices=ARCHITECTURES)
+    depth: int | None = option(None, "cifar: layers, 3 blocks of (depth - 4) / 6 (null: 100)", minimum=10)
+    growth_rate: int | None = option(None, "cifar, custom: features that a layer adds (null: 12)", minimum=1)
+    block_config: list[int] | None = option(None, "custom: layers of each block", minimum=1, non_empty=True)
+    drop_rate: float = option(0.0, "part of a layer's features that training leaves out", minimum=0, below=1)
+    compression: float | None = option(
+        None, "custom: part of the features that a transition keeps (null: 0.5)", above=0, maximum=1
+    )
+    num_classes: int | None = option(None, "labels (null: 1000 if published, else 10)", minimum=2)
+    small_images: bool | None = option(
+        None, "begin with a 3x3 convolution and no pooling (null: for cifar, and below 64 pixels)"
+    )
+    pretrained: bool = option(False, "start from the weights published for ImageNet; fetched once")
+    weights: str | None = option(None, "start from the weights in this file, a state dict (null: fresh ones)")
+    label_smoothing: float = option(0.0, "training: part of a label that all classes share", minimum=0, below=1)
+    augment: bool = option(True, "training: move small images at random, and mirror them where that keeps the class")
+    channels_last: bool | None = option(None, "lay out the features of a pixel side by side (null: on a GPU)")
+
+
+MODEL_OPTIONS: dict[str, type] = {
+    "made": MadeOptions,
+    "pixelcnnpp": PixelCNNppOptions,
+    "rnn": RnnOptions,
+    "densenet": DenseNetOptions,
+}
 
 
 @dataclass
 class OptimizerOptions:
     """AdamW or SGD with linear warm-up and cosine decay."""
 
-    name: str = option("adamw", "the method; sgd is without momentum", choices=("adamw", "sgd"))
+    name: str = option("adamw", "the method", choices=("adamw", "sgd"))
     lr: float = option(1e-3, "highest learning rate", above=0)
-    weight_decay: float = option(1e-4, "decoupled weight decay", minimum=0)
+    weight_decay: float = option(1e-4, "weight decay; adamw's is decoupled", minimum=0)
     beta1: float = option(0.9, "adamw: decay of the gradient's running mean", minimum=0, below=1)
     beta2: float = option(0.999, "adamw: decay of the squared gradient's running mean", minimum=0, below=1)
+    momentum: float = option(0.0, "sgd: part of the last step that goes on", minimum=0, below=1)
+    nesterov: bool = option(False, "sgd: look ahead along the momentum (Nesterov)")
     warmup_fraction: float = option(0.02, "part of all steps over which the learning rate rises", minimum=0, maximum=1)
     final_lr_fraction: float = option(0.01, "learning rate at the end, relative to the highest", minimum=0, maximum=1)

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torchmetrics import MeanMetric
 
 from lit_parallel.conditionals import Categorical
 from lit_parallel.errors import UserError
-from lit_parallel.modules.base import TrainableModule
 from lit_parallel.modules.conditional import ConditionalModule
 from lit_parallel.modules.options import OptimizerOptions, RnnOptions
+from lit_parallel.modules.supervised import SupervisedModule
 from lit_parallel.networks.rnn import LastState, NextLevel, Recurrence, build_recurrence
 from lit_parallel.sampling.positions import Positions
 
@@ -51,7 +50,7 @@ class NextPixelModule(ConditionalModule):
         self.options = options
 
 
-class SequenceModule(TrainableModule):
+class SequenceModule(SupervisedModule):
     """Base of the models that read a sequence and answer from the last hidden state.
 
     Args:
@@ -74,52 +73,18 @@ class SequenceModule(TrainableModule):
         optimizer: OptimizerOptions | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(sample_shape, optimizer or OptimizerOptions(), config)
+        super().__init__(sample_shape, self.metrics, optimizer, config)
         self.options = options
         self.network = LastState(_recurrence(options, input_size), outputs)
-        self.validation_means = nn.ModuleDict({name: MeanMetric() for name in self.metrics})
-        self.test_means = nn.ModuleDict({name: MeanMetric() for name in self.metrics})
 
     @abstractmethod
     def sequences(self, samples: Tensor) -> Tensor:
         """What the network reads, ``[batch, time, input]``, from the first part of a batch."""
 
-    @abstractmethod
-    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Each of :attr:`metrics` that can be told, of every sample, ``[batch]``; ``loss`` is what training lowers.
-
-        Args:
-            answers: ``[batch, outputs]``, float32 or float64.
-            targets: ``[batch]``.
-        """
-
     def forward(self, samples: Tensor) -> Tensor:
         """Answers ``[batch, outputs]`` to the first part of a batch; never in half precision."""
         answers = self.network_in_use(self.sequences(samples))
         return answers.to(torch.promote_types(answers.dtype, torch.float32))
-
-    def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        means = {name: values.mean() for name, values in self.measure(self(batch[0]), batch[1]).items()}
-        self.log_dict({f"train/{name}": mean.detach() for name, mean in means.items()}, prog_bar=True)
-        return means["loss"]
-
-    def on_validation_epoch_start(self) -> None:
-        _reset(self.validation_means)
-
-    def on_test_epoch_start(self) -> None:
-        _reset(self.test_means)
-
-    def validation_step(self, batch: Any, batch_index: int) -> None:
-        self._evaluate(batch, self.validation_means, "val")
-
-    def test_step(self, batch: Any, batch_index: int) -> None:
-        self._evaluate(batch, self.test_means, "test")
-
-    def _evaluate(self, batch: Any, means: nn.ModuleDict, part: str) -> None:
-        for name, values in self.measure(self(batch[0]), batch[1]).items():
-            mean: Any = means[name]
-            mean.update(values)
-            self.log(f"{part}/{name}", mean, prog_bar=True, batch_size=len(values))
 
 
 class ClassificationModule(SequenceModule):
@@ -221,12 +186,6 @@ def build_sequence_module(
     if options.num_classes is not None and options.task != "classification":
         raise UserError("model.num_classes belongs to model.task=classification: leave it out.")
     return _TASKS[options.task](options, sample_shape, optimizer, config)
-
-
-def _reset(means: nn.ModuleDict) -> None:
-    """Begin anew: a MeanMetric adds in place, and cannot to what inference mode has made (validate, then fit)."""
-    for mean in means.values():
-        mean.reset()  # type: ignore[operator]
 
 
 def _recurrence(options: RnnOptions, input_size: int) -> nn.RNNBase | Recurrence:

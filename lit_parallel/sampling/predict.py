@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_parallel.data.in_memory import as_it_is
+from lit_parallel.data.split_data import as_it_is
 from lit_parallel.errors import UserError, one_line
 from lit_parallel.metrics import Iterations, Speedup
 from lit_parallel.modules.autoregressive import AutoregressiveModule

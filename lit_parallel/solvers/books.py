@@ -46,7 +46,7 @@ class Stopping:
 
 
 # Status of a sample on the device, while the loop runs.
-RUNNING, SOLVED, FAILED, LIMIT = range(4)
+RUNNING, SOLVED, FAILED, LIMIT, SETTLED = range(5)  # settled: by the system's own measure
 
 
 class Books:
@@ -87,7 +87,7 @@ class Books:
         if evaluation.fused is not None:
             self._enter_fused(evaluation.fused)
             return
-        if self._kernels and evaluation.equations is None and stopping.exact:
+        if self._kernels and evaluation.equations is None and evaluation.settled is None and stopping.exact:
             from lit_parallel.kernels.books import enter_all
 
             enter_all(self, evaluation.change)
@@ -131,7 +131,10 @@ class Books:
         self.frontier.copy_(torch.where(running, first_open, self.frontier))
         self.iterations += running
         self.evaluations += running * width
-        outcome = torch.where(failed, FAILED, torch.where(first_open == length, SOLVED, RUNNING))
+        unsolved: int | Tensor = RUNNING
+        if evaluation.settled is not None:
+            unsolved = torch.where(evaluation.settled, SETTLED, RUNNING)
+        outcome = torch.where(failed, FAILED, torch.where(first_open == length, SOLVED, unsolved))
         self.status.copy_(torch.where(running, outcome, self.status))
         finished = (self.status != RUNNING).all()
         self.progress.copy_(self.step * 2 + finished)

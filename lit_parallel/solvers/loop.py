@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_parallel.solution import Solution, Status
-from lit_parallel.solvers.books import FAILED, LIMIT, RUNNING, SOLVED, Books, Stopping
+from lit_parallel.solvers.books import FAILED, LIMIT, RUNNING, SETTLED, SOLVED, Books, Stopping
 from lit_parallel.solvers.schedules import Jacobi, Solver
 from lit_parallel.systems import Equations, Evaluation, TriangularSystem
 
@@ -211,7 +211,13 @@ class SolverLoop:
         limit = Status.ITERATION_LIMIT
         if self.stopping.exact and self.limit == length:
             limit = Status.NOT_TRIANGULAR
-        names = {RUNNING: limit, SOLVED: solved, FAILED: Status.NON_FINITE, LIMIT: limit}
+        names = {
+            RUNNING: limit,
+            SOLVED: solved,
+            FAILED: Status.NON_FINITE,
+            LIMIT: limit,
+            SETTLED: Status.SETTLED,
+        }
         return Solution(
             value=value,
             status=[names[code] for code in books.status.tolist()],

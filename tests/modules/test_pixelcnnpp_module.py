@@ -14,6 +14,9 @@ from lit_parallel.config import TrainConfig, from_container
 from lit_parallel.errors import UserError
 from lit_parallel.modules.options import PixelCNNppOptions
 from lit_parallel.modules.pixelcnnpp import PixelCNNppModule
+from lit_parallel.sampling.autoregressive import AutoregressiveSystem
+from lit_parallel.sampling.pixelcnnpp import IncrementalPixelCNNppSystem
+from lit_parallel.sampling.sampler import Sampler
 
 SHAPE = (1, 4, 8)
 
@@ -296,6 +299,23 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(shape):
     with pytest.raises(UserError, match="1 or 3 channels .* multiples of 4, not " + "x".join(map(str, shape))) as error:
         PixelCNNppModule(PixelCNNppOptions(), shape)
     assert "\n" not in str(error.value)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_windows_and_cached_sequential_sampling_are_evaluated_from_caches():
+    model = module()
+    assert model.incremental
+    kinds = {name: type(Sampler(model, name, 1).system) for name in ("gs_jacobi", "cached_sequential", "jacobi")}
+    assert kinds["gs_jacobi"] is kinds["cached_sequential"] is IncrementalPixelCNNppSystem
+    assert kinds["jacobi"] is AutoregressiveSystem
+    # The user's own network in its place has no layers that one could walk.
+    model.network = torch.nn.Sequential(model.network)
+    assert not model.incremental
+    assert type(Sampler(model, "gs_jacobi", 1).system) is AutoregressiveSystem
+    with pytest.raises(UserError, match="has no evaluation from caches"):
+        Sampler(model, "cached_sequential", 1)
 
 
 # -- compilation ------------------------------------------------------------------------------------------------------

@@ -458,3 +458,42 @@ def test_the_map_counts_on_where_the_certificate_repairs():
     assert solution.certified.all()
     assert solution.iterations.tolist() == [5, 5]
     assert solution.final_iteration.tolist() == [[1, 2, 3, 4, 6]] * 2
+
+
+class SelfSettling(FunctionSystem):
+    """A chain whose samples are settled, by the system's own measure, once x_t reaches t, for t = 3, 5 and never."""
+
+    def evaluate(self, state, equations, frontier, running):
+        evaluation = super().evaluate(state, equations, frontier, running)
+        evaluation.settled = torch.stack([state[i, min(t, 11)] >= t for i, t in enumerate((3, 5, 20))])
+        return evaluation
+
+    def reference(self):
+        return chain()
+
+
+@pytest.mark.parametrize("solver", [Jacobi(), GSJacobi(4)], ids=lambda s: s.name)
+def test_a_system_may_settle_its_samples_itself(solver):
+    system = SelfSettling(chain().guess, chain().h)
+    solution = solve(system, solver)
+    assert solution.iterations.tolist() == [3, 5, 12]  # after k iterations x_t is min(k, t + 1)
+    assert solution.status == [Status.SETTLED, Status.SETTLED, Status.CONVERGED]  # the last never: it is exact instead
+    assert solution.all_solved
+    assert solution.frontier.tolist() == [3, 5, 12]
+    for sample, frontier in enumerate(solution.frontier.tolist()):
+        assert torch.equal(solution.value[sample, :frontier], by_hand(chain())[sample, :frontier])
+    certified = solve(system, solver, certify=True)
+    assert torch.equal(certified.value, by_hand(chain()))
+    assert certified.status == [Status.CONVERGED] * 3
+
+
+def test_a_failed_sample_does_not_count_as_settled():
+    class Settled(FunctionSystem):
+        def evaluate(self, state, equations, frontier, running):
+            evaluation = super().evaluate(state, equations, frontier, running)
+            evaluation.settled = torch.ones(4, dtype=torch.bool) & (frontier >= 4)
+            return evaluation
+
+    solution = solve(Settled(failing().guess, failing().h), Jacobi())
+    assert solution.status == [Status.SETTLED, Status.SETTLED, Status.NON_FINITE, Status.SETTLED]
+    assert solution.iterations.tolist() == [5, 5, 5, 5]
