@@ -7,87 +7,186 @@ borders agree, that is all; if they do not, the pass is run once more without it
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lit_parallel.kernels.recurrent import KernelChain, read_sums
+from lit_parallel.kernels.recurrent import KernelChain
 from lit_parallel.recurrent.cells import Layer
-from lit_parallel.recurrent.chain import Chain, Disagreement
-from lit_parallel.recurrent.layers import BackwardPass, LayerPass
+from lit_parallel.recurrent.chain import Chain
+from lit_parallel.recurrent.layers import LayerPass
 
 _SMALLEST = 1e-20
+_MOVES = 3  # of a tensor, each of which costs a new graph, until it is copied
+_SETTLED = 1000  # passes of a graph, after which earlier moves are forgotten
+
+Moves = tuple[list[int], list[int]]  # of the tensors that are read, and of those that are written
 
 
 class CapturedPass:
-    """The backward passes of a layer for one shape of input, block size and set of wanted gradients."""
+    """The backward passes of a layer for one shape of input, block size and set of wanted gradients.
 
-    def __init__(self, task: BackwardPass, block: int, careful: bool) -> None:
+    The graph reads tensors and writes gradients where they lie: parameters are updated in place, and from step to step
+    an allocator gives the same memory again. What has moved several times is copied from, or to, a place of its own.
+    """
+
+    def __init__(
+        self, task: LayerPass, results: Sequence[Tensor | None], block: int, careful: bool, moves: Moves | None = None
+    ) -> None:
         """Capture a pass, which must have run before without a graph.
 
         Args:
-            task: The tensors are copied; later ones must be alike.
+            task: Later ones must fit.
+            results: From :meth:`LayerPass.new_results`; those of later passes must fit.
             block: Steps per block.
             careful: See :class:`~lit_parallel.recurrent.chain.Chain`.
+            moves: As far as an earlier graph has seen them.
         """
         self.block, self._key = block, (block, careful, task.needed)
-        self._given = [x.clone(memory_format=torch.contiguous_format) for x in _tensors(task)]
+        of_read, of_written = moves or (None, None)
+        self._read, self._written = _Places(_tensors(task), of_read), _Places(_given(results), of_written)
         self._device = task.input.device
         self._halo = torch.zeros(1, dtype=torch.int32, device=self._device)
-        self._halo_set = 0
-        self._sums = torch.zeros(task.input.shape[1], 3, pin_memory=True)
-        self._done = torch.cuda.Event()
+        self._halo_set = self._passes = 0
+        self._verdict = torch.zeros(3, pin_memory=True)
+        self._compared = torch.cuda.Event(external=True)
         self._graph = torch.cuda.CUDAGraph()
-        static = _with_tensors(task, self._given)
+        self._stream = torch.cuda.current_stream(self._device)
         torch.cuda.synchronize(self._device)
-        stream = torch.cuda.Stream(self._device)  # the default one may be another device's
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._grads = static.gradients(self._first_walk)
-        self._kept = [grad for grad in self._grads if grad is not None]
+        if torch.cuda.mem_get_info(self._device)[0] < 2 * task.memory():
+            torch.cuda.empty_cache()  # not always: what the next step gets would move
+        with _no_garbage_collection(), torch.cuda.stream(torch.cuda.Stream(self._device)):  # the default one may be
+            self._graph.capture_begin(capture_error_mode="thread_local")  # another device's
+            try:
+                self._run(_with_tensors(task, self._read.instead_of(_tensors(task))), _given(results))
+            finally:
+                self._graph.capture_end()
 
-    def run(self, task: BackwardPass, halo: int) -> tuple[tuple[Tensor | None, ...], Disagreement]:
-        """The gradients of a pass after one walk, and how well its borders agree."""
-        if halo != self._halo_set:
-            self._halo.fill_(halo)
-            self._halo_set = halo
-        torch._foreach_copy_(self._given, _tensors(task))
-        self._graph.replay()
-        # What the next replay writes over must not be what autograd holds.
-        copies = iter(torch._foreach_mul(self._kept, 1.0))
-        self._done.record()
-        grads = tuple(None if grad is None else next(copies) for grad in self._grads)
-        self._done.synchronize()
-        if bool((self._sums[:, 1] < _SMALLEST).any()):  # squares that vanish tell nothing
-            return grads, Disagreement(math.nan, math.nan)
-        return grads, read_sums(self._sums)
-
-    def fits(self, task: BackwardPass, block: int, careful: bool) -> bool:
-        """Whether a pass of the same layer and the same shape of input is like the captured one."""
-        return (block, careful, task.needed) == self._key
+    def _run(self, task: LayerPass, results: list[Tensor]) -> None:
+        into = self._written.instead_of(results)
+        grads = _given(task.gradients(self._first_walk, into[0] if task.needed[0] else None))
+        for to, grad in zip(into, grads, strict=True):
+            if to.data_ptr() != grad.data_ptr():
+                to.copy_(grad)
 
     def _first_walk(self, chain: Chain, into: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         assert isinstance(chain, KernelChain)
         chain.halo, chain.careful = self._halo, self._key[1]
         walk = chain.walk(self.block, into=into)
-        self._sums.copy_(chain.border_sums(walk), non_blocking=True)
+        residual, energy, _ = chain.border_sums(walk).unbind(1)
+        verdict = torch.stack([(residual / energy).amax(), energy.amin(), (residual + energy).sum()])
+        self._verdict.copy_(verdict, non_blocking=True)
+        self._compared.record()
         meanwhile()
         return walk.left[0, :, 0]
 
+    def fits(self, task: LayerPass, results: Sequence[Tensor | None], block: int, careful: bool) -> bool:
+        """Whether a pass of the same layer and the same shape of input is like the captured one."""
+        same = self._key == (block, careful, task.needed)
+        return same and self._read.hold(_tensors(task)) and self._written.hold(_given(results))
 
-def _tensors(task: BackwardPass) -> list[Tensor]:
-    assert isinstance(task, LayerPass)
-    layer = task.layer
-    found = [getattr(layer, field.name) for field in dataclasses.fields(layer)]
-    return [x for x in (*found, *task.grads) if x is not None]
+    def moves(self, task: LayerPass, results: Sequence[Tensor | None]) -> Moves | None:
+        """How often tensors have moved, for the graph of a pass that does not fit; None: that begins anew."""
+        if self._passes >= _SETTLED or task.needed != self._key[2]:
+            return None
+        return self._read.moves(_tensors(task)), self._written.moves(_given(results))
+
+    def start(self, task: LayerPass, results: Sequence[Tensor | None], halo: int) -> None:
+        """Launch a pass that fits. Its results, of one walk, count if :meth:`residual` is small enough."""
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._stream:  # where copies of the last pass may still be on their way
+            stream.wait_stream(self._stream)
+            self._stream = stream
+        if halo != self._halo_set:
+            self._halo.fill_(halo)
+            self._halo_set = halo
+        if self._read.copied:
+            self._read.copy_from(_tensors(task))
+        self._graph.replay()
+        self._passes += 1
+        if self._written.copied:
+            self._written.copy_to(_given(results))
+
+    def residual(self) -> float:
+        """What neighbours disagree about, relative to the solution, once it is known; NaN if squares do not tell."""
+        self._compared.synchronize()
+        relative, smallest, total = self._verdict.tolist()
+        return math.sqrt(relative) if smallest >= _SMALLEST and math.isfinite(total) else math.nan
 
 
-def _with_tensors(task: BackwardPass, tensors: list[Tensor]) -> LayerPass:
-    assert isinstance(task, LayerPass)
+class _Places:
+    """Where a graph finds a list of tensors: where they lie, or copies of those that have moved several times.
+
+    It does not keep the memory of what is not copied: whoever comes next may have been given it.
+    """
+
+    def __init__(self, tensors: list[Tensor], moves: list[int] | None) -> None:
+        self._moves = moves or [0] * len(tensors)
+        self._own = {
+            i: x.clone(memory_format=torch.contiguous_format)
+            for i, (x, n) in enumerate(zip(tensors, self._moves, strict=True))
+            if n >= _MOVES
+        }
+        self._places = self._of(tensors)
+
+    @property
+    def copied(self) -> int:
+        """How many are copied."""
+        return len(self._own)
+
+    def instead_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """What a graph is to work on."""
+        return [self._own.get(i, x) for i, x in enumerate(tensors)]
+
+    def hold(self, tensors: list[Tensor]) -> bool:
+        """Whether tensors lie where they must."""
+        return self._places == self._of(tensors)
+
+    def moves(self, tensors: list[Tensor]) -> list[int]:
+        """How often each tensor has moved, with these."""
+        return [n + (old != new) for n, old, new in zip(self._moves, self._places, self._of(tensors), strict=True)]
+
+    def copy_from(self, tensors: list[Tensor]) -> None:
+        """Fill the copies."""
+        torch._foreach_copy_(list(self._own.values()), [tensors[i] for i in self._own])
+
+    def copy_to(self, tensors: list[Tensor]) -> None:
+        """Give back what stands in the copies."""
+        torch._foreach_copy_([tensors[i] for i in self._own], list(self._own.values()))
+
+    def _of(self, tensors: list[Tensor]) -> list[Hashable]:
+        return [
+            (x.shape, x.dtype) if i in self._own else (x.data_ptr(), x.stride(), x.shape, x.dtype)
+            for i, x in enumerate(tensors)
+        ]
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """While a graph is captured, none may be destroyed, as one of a module that is no longer used would be."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _tensors(task: LayerPass) -> list[Tensor]:
+    return _given((*vars(task.layer).values(), *task.grads))
+
+
+def _with_tensors(task: LayerPass, tensors: list[Tensor]) -> LayerPass:
     given = iter(tensors)
-    fields = [field.name for field in dataclasses.fields(task.layer)]
-    values = {name: None if getattr(task.layer, name) is None else next(given) for name in fields}
+    layer = {name: None if x is None else next(given) for name, x in vars(task.layer).items()}
     grads = tuple(None if grad is None else next(given) for grad in task.grads)
-    return LayerPass(task.kind, Layer(**values), grads, task.needed, task.precision)  # type: ignore[arg-type]
+    return LayerPass(task.kind, Layer(**layer), grads, task.needed, task.precision)  # type: ignore[arg-type]

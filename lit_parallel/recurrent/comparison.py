@@ -26,12 +26,14 @@ class OrdinaryRun:
         forward_seconds: Of the fastest forward pass.
         backward_seconds: Of the fastest backward pass, by autograd.
         autograd_seconds: What autograd itself takes of it, whatever it calls.
+        recording_seconds: What autograd takes to record a forward pass written in Python.
         gradients: In the order of the inputs; None where none is wanted.
     """
 
     forward_seconds: float
     backward_seconds: float
     autograd_seconds: float
+    recording_seconds: float
     gradients: tuple[Tensor | None, ...]
 
     @property
@@ -70,12 +72,13 @@ def run_ordinary(task: BackwardPass) -> OrdinaryRun:
         backward.append(time.perf_counter() - between)
     with torch.enable_grad():
         results = _Known.apply(found, outputs, *wanted)
+        recording = median_seconds_of(lambda: _Known.apply(found, outputs, *wanted), device)
     by_itself = median_seconds_of(
         lambda: torch.autograd.grad(results, wanted, given, allow_unused=True, retain_graph=True), device
     )
     each = iter(found)
     gradients = tuple(next(each) if x is not None and x.requires_grad else None for x in inputs)
-    return OrdinaryRun(min(forward), min(backward), by_itself, gradients)
+    return OrdinaryRun(min(forward), min(backward), by_itself, recording, gradients)
 
 
 def median_seconds_of(run: Callable[[], object], device: torch.device) -> float:

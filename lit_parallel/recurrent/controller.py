@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from lit_parallel.errors import UserError
 from lit_parallel.recurrent.chain import Chain, blocks_of
 from lit_parallel.recurrent.coarse import next_basis
 from lit_parallel.recurrent.comparison import OrdinaryRun, median_seconds_of, run_ordinary
-from lit_parallel.recurrent.layers import BackwardPass, can_be_captured
+from lit_parallel.recurrent.layers import BackwardPass, LayerPass, can_be_captured
 from lit_parallel.recurrent.options import RecurrentOptions
 from lit_parallel.recurrent.solve import Gain, Outcome, Plan, measure_gain, solve_chain
 from lit_parallel.recurrent.stopwatch import Stopwatch, seconds_of
@@ -37,11 +37,12 @@ _FORGETFUL = 0.85  # what is left of a vector after a step: a sixth of it per st
 _SHAPES = 4  # of input, that are tuned one by one
 _MOST_SHAPES = 64  # that are remembered
 _NOTHING = torch.empty(0)
+_UNTIMED = contextlib.nullcontext()
 _TIMED_EVERY = 8  # passes, on a GPU: events cost the host
 _WARM = 2  # passes before one is captured: kernels are compiled, the halo has settled
 _GOOD_REDUCTION = 0.02  # of the error per sweep; a basis that does so is kept
 
-Shape = tuple[int, int, str, torch.dtype]  # time, batch, device, dtype
+Shape = tuple[int, int, torch.device, torch.dtype]  # time, batch
 
 
 @dataclass
@@ -110,7 +111,6 @@ class Controller:
 
     def __init__(self, name: str, options: RecurrentOptions) -> None:
         self.name, self.options = name, options
-        self.record: BackwardRecord | None = None
         #: Set to compare the next pass with the ordinary one again.
         self.recheck = False
         self._tuned: dict[Shape, _Tuned] = {}
@@ -119,20 +119,17 @@ class Controller:
         self._passes: dict[str, int] = {}
         self._zeros: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
         self._probe: tuple[float, float, float] | None = None
+        self._newest: tuple[str, Plan, Outcome, int] | None = None
+        self._record: BackwardRecord | None = None
 
-    @contextlib.contextmanager
-    def timed(self, phase: str, device: torch.device) -> Iterator[None]:
+    def timed(self, phase: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """Time a pass, or on a GPU one of some."""
         number = self._passes.get(phase, 0)
         self._passes[phase] = number + 1
         if device.type == "cuda" and number % _TIMED_EVERY:
-            yield
-            return
-        watch = Stopwatch(device)
-        watch.start()
-        yield
-        watch.stop()
-        self._watches[phase] = watch
+            return _UNTIMED
+        watch = self._watches[phase] = Stopwatch(device)
+        return watch
 
     def given(self, grad: Tensor | None, like: Tensor) -> Tensor:
         """A gradient, or zeros of a shape, the same ones every time."""
@@ -140,24 +137,31 @@ class Controller:
             return grad
         key = (like.shape, like.dtype, like.device)
         if key not in self._zeros:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():  # zero only once that graph is replayed
+                return torch.zeros_like(like)
             if len(self._zeros) >= _KINDS_OF_ZEROS:
                 self._zeros.pop(next(iter(self._zeros)))
             self._zeros[key] = torch.zeros_like(like, memory_format=torch.contiguous_format)
         return self._zeros[key]
 
-    def refresh(self) -> BackwardRecord | None:
-        """The record, with the newest times that the device knows."""
-        if self.record is not None:
+    @property
+    def record(self) -> BackwardRecord | None:
+        """Of the newest pass, the same one until there is another; its times are the newest that the device knows."""
+        if self._newest is not None:
+            self._record, self._newest = self._record_of(*self._newest), None
+        if self._record is not None:
             for phase, watch in self._watches.items():
                 self._times[phase] = watch.milliseconds() or self._times.get(phase)
-            self.record.forward_ms, self.record.backward_ms = self._times.get("forward"), self._times.get("backward")
-        return self.record
+            self._record.forward_ms, self._record.backward_ms = self._times.get("forward"), self._times.get("backward")
+        return self._record
 
     def _find(self, shape: Shape) -> _Tuned | None:
         """What was learnt about a shape; with many shapes, a new one goes by what is known of the one nearest to it."""
+        if shape in self._tuned:
+            return self._tuned[shape]
         alike = [known for known in self._tuned if known[2:] == shape[2:]]
-        if shape in self._tuned or len(alike) < _SHAPES:
-            return self._tuned.get(shape)
+        if len(alike) < _SHAPES:
+            return None
         nearest = min(alike, key=lambda known: abs(math.log((known[0] * known[1]) / (shape[0] * shape[1]))))
         theirs = self._tuned[nearest]
         copy = _Tuned(theirs.solver, sweeps_at_probe=theirs.sweeps_at_probe)
@@ -216,37 +220,33 @@ class Controller:
         if compare and (ordinary or harder or due):
             self.recheck = False
             self._compare(tuned, run, task, grads, ordinary or run_ordinary(task))
-        self._note(tuned, len(task.input))
+        self._newest = (tuned.solver, tuned.plans[tuned.solver], outcome, task.input.shape[0])
         return grads
 
     def _replay(self, tuned: _Tuned, task: BackwardPass) -> tuple[Tensor | None, ...] | None:
         """The gradients by a captured graph; None if there is none, or if one walk was not enough."""
-        plan, gain = tuned.plans.get(tuned.solver), tuned.gains.get(tuned.solver)
+        plan, gain, length = tuned.plans.get(tuned.solver), tuned.gains.get(tuned.solver), task.input.shape[0]
         if plan is None or gain is None or plan.tolerance is None or plan.rank:
             return None
-        if not _WARM <= tuned.ages.get(tuned.solver, 0) < _GAIN_EVERY or plan.block >= len(task.input):
+        if not _WARM <= tuned.ages.get(tuned.solver, 0) < _GAIN_EVERY or plan.block >= length:
             return None
         if plan.halo > 1.3 * tuned.halo_of_gain:  # it remembers longer than when its gain was measured
             tuned.ages[tuned.solver] = _GAIN_EVERY
             return None
-        careful = remembers(plan, gain)
-        if tuned.captured is None or not tuned.captured.fits(task, plan.block, careful):
-            if tuned.rejected >= _REJECTIONS or not can_be_captured(task):
-                return None
-            from lit_parallel.recurrent.captured import CapturedPass
-
-            for other in self._tuned.values():
-                other.captured = None  # one graph per layer: its memory is not free
-            try:
-                tuned.captured = CapturedPass(task, plan.block, careful)
-            except torch.cuda.OutOfMemoryError:
-                tuned.rejected = _REJECTIONS
-                return None
-        grads, found = tuned.captured.run(task, plan.halo)
+        if tuned.rejected >= _REJECTIONS or (tuned.captured is None and not can_be_captured(task)):
+            return None
+        assert isinstance(task, LayerPass)
+        grads = task.new_results()
+        captured = self._graph_for(tuned, task, grads, remembers(plan, gain))
+        if captured is None:
+            return None
+        captured.start(task, grads, plan.halo)
+        # While the device works:
         tuned.ages[tuned.solver] += 1
-        amplification = gain.of_border_errors(plan.block, blocks_of(len(task.input), plan.block))
+        amplification = gain.of_border_errors(plan.block, blocks_of(length, plan.block))
         outcome = Outcome(_NOTHING, plan.block + plan.halo, block=plan.block, halo=plan.halo)
-        outcome.residual, outcome.error = found.of_solution, found.of_solution * amplification
+        outcome.residual = captured.residual()
+        outcome.error = outcome.residual * amplification
         if not outcome.error <= plan.tolerance:
             tuned.rejected += 1
             if tuned.rejected >= _REJECTIONS:  # such as for a sequence without a gradient: it would go on for ever
@@ -254,14 +254,31 @@ class Controller:
             return None
         tuned.rejected = 0
         tuned.outcome = outcome
-        adapt_halo(plan, outcome, gain, len(task.input))
+        adapt_halo(plan, outcome, gain, length)
         return grads
 
-    def _note(self, tuned: _Tuned, length: int) -> None:
-        outcome, plan = tuned.outcome, tuned.plans[tuned.solver]
-        assert outcome is not None
-        self.record = BackwardRecord(
-            "sequential" if outcome.sequential else tuned.solver,
+    def _graph_for(
+        self, tuned: _Tuned, task: LayerPass, results: tuple[Tensor | None, ...], careful: bool
+    ) -> CapturedPass | None:
+        """A graph that fits a pass, if need be captured anew; None if there is no memory for one."""
+        block, before = tuned.plans[tuned.solver].block, tuned.captured
+        if before is not None and before.fits(task, results, block, careful):
+            return before
+        from lit_parallel.recurrent.captured import CapturedPass
+
+        moves = None if before is None else before.moves(task, results)
+        del before
+        for other in self._tuned.values():
+            other.captured = None  # one graph per layer: its memory is not free
+        try:
+            tuned.captured = CapturedPass(task, results, block, careful, moves)
+        except torch.cuda.OutOfMemoryError:
+            tuned.rejected = _REJECTIONS
+        return tuned.captured
+
+    def _record_of(self, solver: str, plan: Plan, outcome: Outcome, length: int) -> BackwardRecord:
+        record = BackwardRecord(
+            "sequential" if outcome.sequential else solver,
             length,
             outcome.iterations,
             outcome.sweeps,
@@ -273,9 +290,10 @@ class Controller:
             outcome.at_rounding,
         )
         if plan.tolerance is None:
-            self.record.residual = self.record.error = math.nan
+            record.residual = record.error = math.nan
         if self._probe is not None:
-            self.record.probe_error, self.record.probe_speedup, self.record.step_speedup = self._probe
+            record.probe_error, record.probe_speedup, record.step_speedup = self._probe
+        return record
 
     def _solve(self, tuned: _Tuned, chain: Chain, into: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         """Solve a chain by the chosen solver and learn from how it went."""
@@ -388,7 +406,7 @@ class Controller:
         device = task.input.device
         backward = median_seconds_of(run, device) + ordinary.autograd_seconds  # which the ordinary one contains
         tuned.ordinary_seconds = ordinary.seconds
-        tuned.parallel_seconds = median_seconds_of(task.forward, device) + backward
+        tuned.parallel_seconds = median_seconds_of(task.forward, device) + ordinary.recording_seconds + backward
         distance = ordinary.distance(grads, task.parameters)
         if tuned.plans[tuned.solver].tolerance is not None and distance > _SUSPICIOUS:
             tuned.ages.clear()  # measure anew how errors grow
@@ -407,7 +425,7 @@ class Controller:
 
 def shape_of(input: Tensor) -> Shape:
     """What decides how a layer is solved, of its input ``[time, batch, input]``."""
-    return input.shape[0], input.shape[1], str(input.device), input.dtype
+    return input.shape[0], input.shape[1], input.device, input.dtype
 
 
 def forgetting_steps(target: float, per_step: float, length: int) -> int:

@@ -34,31 +34,29 @@ def run_layer(
     Args:
         kind: ``rnn_tanh``, ``rnn_relu``, ``gru`` or ``lstm``.
         input: ``[time, batch, input]``.
-        h_0: ``[batch, hidden]``.
-        c_0: ``[batch, hidden]``, of an LSTM.
+        h_0: ``[1, batch, hidden]``.
+        c_0: ``[1, batch, hidden]``, of an LSTM.
         weights: ``weight_ih``, ``weight_hh`` and, with biases, ``bias_ih``, ``bias_hh``.
 
     Returns:
-        The output ``[time, batch, hidden]``, and the last h and c, ``[batch, hidden]``.
+        The output ``[time, batch, hidden]``, and the last h and c, ``[1, batch, hidden]``.
     """
-    state = (h_0[None], c_0[None]) if c_0 is not None else h_0[None]
-    result = _FORWARD[kind](
+    state = h_0 if c_0 is None else (h_0, c_0)
+    output, h, *c = _FORWARD[kind](
         input, state, in_one_piece(kind, weights), len(weights) == 4, 1, 0.0, torch.is_grad_enabled(), False, False
     )
-    if c_0 is None:
-        return result[0], result[1][0], None
-    return result[0], result[1][0], result[2][0]
+    return output, h, c[0] if c else None
 
 
 def in_one_piece(kind: str, weights: list[Tensor]) -> list[Tensor]:
     """Weights as cuDNN wants them: it copies, and warns, unless they lie in one piece, as a single layer's do."""
     first = weights[0]
-    if first.device.type != "cuda" or not torch.backends.cudnn.is_acceptable(first):
+    if first.device.type != "cuda" or not torch.cudnn_is_acceptable(first):
         return weights
     storage = first.untyped_storage()
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
-    together = all(weight.untyped_storage().data_ptr() == storage.data_ptr() for weight in weights)
-    if together and storage.nbytes() < 1.1 * size:
+    begin, size = storage.data_ptr(), storage.nbytes()
+    together = all(begin <= weight.data_ptr() < begin + size for weight in weights)
+    if together and size < 1.1 * sum(weight.nbytes for weight in weights):
         return weights
     if torch.is_grad_enabled():
         return weights  # copies would get the gradients
@@ -159,7 +157,13 @@ class LayerPass(BackwardPass):
         return copies + hidden * (4 + cell.factors + cell.gates + cell.pre_activations)
 
     @full_precision()
-    def gradients(self, solve: Solve) -> tuple[Tensor | None, ...]:
+    def gradients(self, solve: Solve, of_input_into: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """All gradients that are wanted.
+
+        Args:
+            solve: The chain.
+            of_input_into: Where the input's goes, by far the largest, if it need not be converted.
+        """
         cell, needed = cell_of(self.kind), self.needed
         dtype = self.layer.output.dtype
         inner = torch.promote_types(dtype, torch.float32)  # bfloat16 cannot hold a sum over thousands of steps
@@ -174,7 +178,10 @@ class LayerPass(BackwardPass):
 
         def products() -> None:
             if needed[0]:
-                grads[0] = of_input @ cell.rows_of_input(layer.weight_ih)
+                of_rows = of_input.flatten(0, 1)
+                out = None if of_input_into is None or inner != dtype else of_input_into.flatten(0, 1)
+                product = torch.mm(of_rows, cell.rows_of_input(layer.weight_ih), out=out)
+                grads[0] = product.view_as(layer.input)
             if needed[3]:
                 grads[3] = cell.rows_from_input(of_input.flatten(0, 1).t() @ layer.input.flatten(0, 1))
             if needed[4]:
@@ -193,23 +200,35 @@ class LayerPass(BackwardPass):
             grads[2] = initial[:, hidden:]
         return tuple(grad if grad is None else grad.to(dtype) for grad in grads)
 
+    def new_results(self) -> tuple[Tensor | None, ...]:
+        """Memory for the gradients that are wanted."""
+        layer = self.layer
+        given = (layer.input, layer.h_0, layer.c_0, layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh)
+        return tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None
+            for x, wanted in zip(given, self.needed, strict=True)
+        )
+
     @torch.no_grad()
     def forward(self) -> object:
         layer = self.layer
-        return run_layer(self.kind, layer.input, layer.h_0, layer.c_0, layer.weights)
+        c_0 = None if layer.c_0 is None else layer.c_0[None]
+        return run_layer(self.kind, layer.input, layer.h_0[None], c_0, layer.weights)
 
     def ordinary_forward(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
         layer = self.layer
-        states = [x if x is None else x.detach() for x in (layer.input, layer.h_0, layer.c_0)]
+        states = [None if x is None else x.detach()[None] for x in (layer.h_0, layer.c_0)]
         with torch.no_grad():
             weights = in_one_piece(self.kind, [weight.detach() for weight in layer.weights])
-        inputs = [*states, *weights, None, None][:7]
+        inputs = [layer.input.detach(), *states, *weights, None, None][:7]
         for x, wanted in zip(inputs, self.needed, strict=True):
             if x is not None:
                 x.requires_grad_(wanted)
         with torch.enable_grad():
             outputs = run_layer(self.kind, inputs[0], inputs[1], inputs[2], weights)  # type: ignore[arg-type]
-        return [x for x in outputs if x is not None], inputs, [grad for grad in self.grads if grad is not None]
+        of_output, *of_states = self.grads
+        grads = [of_output, *(grad[None] for grad in of_states if grad is not None)]
+        return [x for x in outputs if x is not None], inputs, grads
 
 
 def _column_sums(p: Tensor) -> Tensor:
@@ -233,7 +252,7 @@ def build_chain(kind: str, layer: Layer, grad_output: Tensor, last: Tensor, prec
     return CellChain(cell, cell.linearise(layer), layer.weight_hh, grad_output, last)
 
 
-def can_be_captured(task: object) -> bool:
+def can_be_captured(task: BackwardPass) -> bool:
     """Whether a graph may be made of a pass: by kernels, on a GPU, and not too large to keep its memory."""
     if not isinstance(task, LayerPass) or task.input.device.type != "cuda":
         return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lit_parallel.recurrent.cells import Layer
 from lit_parallel.recurrent.controller import Controller
 from lit_parallel.recurrent.layers import LayerPass, refuse_second_derivatives, run_layer
 
+_STATES = (1, 2)  # of a layer's inputs, which stand for a single layer here
 _numbers = itertools.count()
 _controllers: weakref.WeakValueDictionary[int, Controller] = weakref.WeakValueDictionary()
 
@@ -33,7 +35,11 @@ def register(controller: Controller) -> int:
 def recurrent_layer(
     kind: str, controller: int, input: Tensor, h_0: Tensor, c_0: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`lit_parallel.recurrent.layers.run_layer`, with a backward pass that is parallel in time."""
+    """:func:`lit_parallel.recurrent.layers.run_layer`, with a backward pass that is parallel in time.
+
+    States have the shape that cuDNN and PyTorch's modules give them, ``[1, batch, hidden]``: taking a layer's own out
+    of several, or putting them together, would cost two launches in either direction.
+    """
     weight_ih, weight_hh, bias_ih, bias_hh = (*weights, None, None)[:4]
     if torch.compiler.is_compiling():
         output, h, c = _layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, kind, controller)
@@ -42,47 +48,49 @@ def recurrent_layer(
     return output, h, None if c_0 is None else c
 
 
-def _forward(inputs: tuple[Any, ...], kind: str, controller: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(inputs: Sequence[Any], kind: str, known: Controller) -> tuple[Tensor, Tensor, Tensor | None]:
     input, h_0, c_0, *weights = inputs
-    with torch.no_grad(), _controllers[controller].timed("forward", input.device):
-        output, h, c = run_layer(kind, input, h_0, c_0, [weight for weight in weights if weight is not None])
-    return output, h, h if c is None else c
+    with known.timed("forward", input.device):
+        return run_layer(kind, input, h_0, c_0, [weight for weight in weights if weight is not None])
 
 
 def _backward(
-    grads: tuple[Tensor, Tensor, Tensor], inputs: tuple[Any, ...], output: Tensor, needed: tuple[bool, ...], kind: str,
-    controller: int, *, compare: bool = True,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    grads: Sequence[Tensor | None], inputs: Sequence[Any], output: Tensor, needed: tuple[bool, ...], kind: str,
+    known: Controller, *, compare: bool = True,
+) -> list[Tensor | None]:  # fmt: skip
     refuse_second_derivatives()
     input, h_0, c_0, *weights = inputs
-    layer = Layer(input, output, h_0, c_0, *weights)
-    known = _controllers[controller]
-    outer = (grads[0], grads[1], None if c_0 is None else grads[2])
+    of_output, of_h, of_c = grads
+    h = h_0[0]
+    layer = Layer(input, output, h, None if c_0 is None else c_0[0], *weights)
+    outer = (
+        known.given(of_output, output),
+        known.given(of_h if of_h is None else of_h[0], h),
+        None if c_0 is None else known.given(of_c if of_c is None else of_c[0], h),
+    )
     task = LayerPass(kind, layer, outer, needed, known.options.precision)
-    if not torch.is_autocast_enabled(input.device.type):
-        return known.backward(task, compare=compare)
-    with torch.autocast(input.device.type, enabled=False):  # a backward pass may be called under it
-        return known.backward(task, compare=compare)
+    if torch.is_autocast_enabled(input.device.type):
+        with torch.autocast(input.device.type, enabled=False):  # a backward pass may be called under it
+            done = known.backward(task, compare=compare)
+    else:
+        done = known.backward(task, compare=compare)
+    return [grad if grad is None or i not in _STATES else grad[None] for i, grad in enumerate(done)]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        *inputs, kind, controller = arguments
-        output, h, c = _forward(tuple(inputs), kind, controller)
-        ctx.save_for_backward(*inputs, output)
-        ctx.kind, ctx.controller = kind, controller
+        *inputs, ctx.kind, controller = arguments
         ctx.known = _controllers[controller]  # the module may be restored before the backward pass
+        output, h, c = _forward(inputs, ctx.kind, ctx.known)
+        ctx.save_for_backward(*inputs, output)
         ctx.set_materialize_grads(False)  # zeros made anew in every pass cost the host more than they seem to
-        return output, h, None if inputs[2] is None else c
+        return output, h, c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         *inputs, output = ctx.saved_tensors
-        h_0, known = inputs[1], ctx.known
-        outer = (known.given(grads[0], output), known.given(grads[1], h_0), known.given(grads[2], h_0))
-        done = _backward(outer, tuple(inputs), output, ctx.needs_input_grad[:7], ctx.kind, ctx.controller)
-        return (*done, None, None)
+        return *_backward(grads, inputs, output, ctx.needs_input_grad[:7], ctx.kind, ctx.known), None, None
 
 
 @torch.library.custom_op("lit_parallel::recurrent_layer", mutates_args=())
@@ -97,8 +105,10 @@ def _layer(
     kind: str,
     controller: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output, h, c = _forward((input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh), kind, controller)
-    return output.contiguous(), h.clone(), h.new_empty(0) if c_0 is None else c.clone()
+    inputs = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    with torch.no_grad():
+        output, h, c = _forward(inputs, kind, _controllers[controller])
+    return output.contiguous(), h.clone(), h.new_empty(0) if c is None else c.clone()
 
 
 @_layer.register_fake
@@ -126,7 +136,8 @@ def _layer_backward(
 ) -> list[Tensor]:
     inputs = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
     with torch.no_grad():
-        done = _backward((grad_output, grad_h, grad_c), inputs, output, tuple(needed), kind, controller, compare=False)
+        known = _controllers[controller]
+        done = _backward((grad_output, grad_h, grad_c), inputs, output, tuple(needed), kind, known, compare=False)
     return [
         input.new_empty(0) if grad is None else grad.contiguous().clone() for grad in done
     ]  # an operator's results are tensors, and share no memory

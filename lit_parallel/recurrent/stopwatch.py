@@ -9,25 +9,26 @@ import torch
 
 
 class Stopwatch:
-    """Measures one stretch of work: by CUDA events, or by the clock on a CPU."""
+    """Measures the stretch of work in a ``with`` block: by CUDA events, or by the clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = (
             [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
         )  # fmt: skip
         self._times = [0.0, 0.0]
-        self._running = False
+        self._finished = False
 
-    def start(self) -> None:
-        """Begin."""
+    def __enter__(self) -> None:
         self._mark(0)
 
-    def stop(self) -> None:
-        """End."""
+    def __exit__(self, *_: object) -> None:
         self._mark(1)
+        self._finished = True
 
     def milliseconds(self) -> float | None:
-        """The time between the two, or None if the device has not come so far."""
+        """The time between begin and end, or None if the device has not come so far."""
+        if not self._finished:
+            return None
         if self._events is None:
             return 1000 * (self._times[1] - self._times[0])
         return self._events[0].elapsed_time(self._events[1]) if self._events[1].query() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import sys
 import warnings
@@ -83,8 +84,7 @@ def records(module: nn.Module) -> dict[str, BackwardRecord]:
     found = {}
     for forward in _forwards(module):
         for controller in forward.controllers.values():
-            record = controller.refresh()
-            if record is not None:
+            if (record := controller.record) is not None:
                 found[controller.name] = record
     return found
 
@@ -200,9 +200,8 @@ class ParallelForward(_ParallelForward):
             x = x.transpose(0, 1)
         directions = 2 if module.bidirectional else 1
         if hx is None:
-            shape = (module.num_layers * directions, x.shape[1], module.hidden_size)
-            h_0 = x.new_zeros(shape)
-            c_0 = torch.zeros_like(h_0) if is_lstm else None
+            h_0 = x.new_zeros(len(self._parts), x.shape[1], module.hidden_size)
+            c_0 = h_0 if is_lstm else None
         else:
             h_0, c_0 = hx if is_lstm else (hx, None)
             if not batched:
@@ -218,8 +217,9 @@ class ParallelForward(_ParallelForward):
         if not torch.compiler.is_compiling() and self._take_ordinary(x):
             return self._ordinary(input, hx)
 
+        first_h, first_c = _split(h_0), [None] * len(self._parts) if c_0 is None else _split(c_0)
         last_h: list[Tensor] = []
-        last_c: list[Tensor | None] = []
+        last_c: list[Tensor] = []
         for layer in range(module.num_layers):
             outputs = []
             for direction in range(directions):
@@ -235,21 +235,22 @@ class ParallelForward(_ParallelForward):
                     self._kind,
                     self.numbers[part],
                     x.flip(0) if direction else x,
-                    h_0[index],
-                    None if c_0 is None else c_0[index],
+                    first_h[index],
+                    first_c[index],
                     weights,
                 )
                 outputs.append(output.flip(0) if direction else output)
                 last_h.append(h)
-                last_c.append(c)
+                if c is not None:
+                    last_c.append(c)
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1)
             if module.dropout > 0 and layer < module.num_layers - 1:
                 x = F.dropout(x, module.dropout, module.training)
         output = x if batched else x.squeeze(1)
         if batched and module.batch_first:
             output = output.transpose(0, 1)
-        h_n = _stack(last_h, batched)
-        return (output, (h_n, _stack(last_c, batched))) if is_lstm else (output, h_n)
+        h_n = _join(last_h, batched)
+        return (output, (h_n, _join(last_c, batched))) if is_lstm else (output, h_n)
 
     @property
     def _kind(self) -> str:
@@ -262,7 +263,7 @@ class ParallelForward(_ParallelForward):
         if not torch.is_grad_enabled():
             return False
         states = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
-        return any(x.requires_grad for x in (input, *states, *self.module.parameters()))
+        return any(x.requires_grad for x in itertools.chain((input,), states, self.module.parameters()))
 
     def _fits(self, input: Tensor, hx: Any) -> bool:
         states = hx if isinstance(hx, tuple) else (hx,)
@@ -325,9 +326,15 @@ def _parts_of(module: nn.Module) -> list[str]:
     return [f"l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
 
 
-def _stack(states: Sequence[Tensor | None], batched: bool) -> Tensor:
-    stacked = torch.stack([state for state in states if state is not None])
-    return stacked if batched else stacked.squeeze(1)
+def _split(states: Tensor) -> Sequence[Tensor]:
+    """The states ``[1, batch, hidden]`` of each layer and direction; a single one's need no work."""
+    return [states] if len(states) == 1 else states.split(1)
+
+
+def _join(states: list[Tensor], batched: bool) -> Tensor:
+    """The states of all layers and directions; a single one's are its own, not a view, which has no ``detach_``."""
+    joined = states[0] if len(states) == 1 else torch.cat(states)
+    return joined if batched else joined.squeeze(1)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -61,8 +61,8 @@ def test_the_operators_keep_their_contracts(cell, frozen):
     number = register(controller)
     module = build(cell, 3, 4).double()
     weights = [parameter.detach().requires_grad_(not frozen) for parameter in module.parameters()]
-    x, h_0 = torch.randn(9, 2, 3).double().requires_grad_(), torch.randn(2, 4).double()
-    c_0 = torch.randn(2, 4).double().requires_grad_() if cell == "lstm" else None
+    x, h_0 = torch.randn(9, 2, 3).double().requires_grad_(), torch.randn(1, 2, 4).double()
+    c_0 = torch.randn(1, 2, 4).double().requires_grad_() if cell == "lstm" else None
     arguments = (x, h_0, c_0, *weights)
     torch.library.opcheck(torch.ops.lit_parallel.recurrent_layer.default, (*arguments, cell, number))
     output, h, c = torch.ops.lit_parallel.recurrent_layer(*arguments, cell, number)

@@ -347,3 +347,16 @@ def test_an_empty_batch_and_a_list_of_states_are_as_before():
     parallelize(module)
     assert torch.equal(module(x, states)[0], expected)
     assert module(torch.randn(5, 0, 2))[0].shape == (5, 0, 3)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_last_states_can_be_detached_in_place(cell):
+    module = build(cell, 3, 4)
+    parallelize(module, SOLVERS["jacobi_gs"])
+    hx = None
+    for _ in range(2):
+        output, hx = module(torch.randn(6, 2, 3), hx)
+        output.sum().backward()
+        for state in hx if cell == "lstm" else (hx,):
+            assert state.shape == (1, 2, 4)
+            state.detach_()
