@@ -160,7 +160,7 @@ def write_results(
     shutil.rmtree(parts)
     notes = _notes(solution, short_path(folder), short_path(kept))
     if len(baselines) < len(config.compare.baselines):
-        notes.insert(1, "not compared with cached sequential sampling: this model has no evaluation from caches yet")
+        notes.insert(1, "not compared with cached sequential sampling: no evaluation of this model from caches here")
         notes.insert(2, "every iteration of every solver is one full pass of the network, whatever the work says")
     return SamplingResults(folder, images, solution, measurements, report, title, notes)
 

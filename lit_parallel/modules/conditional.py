@@ -91,12 +91,17 @@ class ConditionalModule(AutoregressiveModule):
         )
 
     def load_noise(self, system: TriangularSystem, seed: int, indices: list[int]) -> None:
-        assert isinstance(system, AutoregressiveSystem)
-        system.load(seed, indices)
+        _reference(system).load(seed, indices)
 
     def images(self, system: TriangularSystem, value: Tensor) -> Tensor:
-        assert isinstance(system, AutoregressiveSystem)
-        return system.images(value)
+        return _reference(system).images(value)
 
     def pixel_map(self, system: TriangularSystem, numbers: Tensor) -> Tensor:
         return self.positions.to_map(numbers)
+
+
+def _reference(system: TriangularSystem) -> AutoregressiveSystem:
+    """The system that holds noise, labels and given pixels, also where another evaluation stands before it."""
+    reference = system.reference()
+    assert isinstance(reference, AutoregressiveSystem)
+    return reference

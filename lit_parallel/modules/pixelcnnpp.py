@@ -13,6 +13,10 @@ from lit_parallel.modules.options import OptimizerOptions, PixelCNNppOptions
 from lit_parallel.networks import PixelCNNpp
 from lit_parallel.networks.initialisation import initialise_from_data
 from lit_parallel.networks.pixelcnnpp import STRIDE
+from lit_parallel.sampling.autoregressive import AutoregressiveSystem, Given
+from lit_parallel.sampling.options import SamplingOptions
+from lit_parallel.sampling.pixelcnnpp import IncrementalPixelCNNppSystem
+from lit_parallel.systems import TriangularSystem
 
 
 class PixelCNNppModule(ConditionalModule):
@@ -56,6 +60,18 @@ class PixelCNNppModule(ConditionalModule):
         self.options = options
         # Part of the state, so that weights which were trained or converted are left alone.
         self.register_buffer("initialised", torch.tensor(False))
+
+    @property
+    def incremental(self) -> bool:  # type: ignore[override]
+        """Not with another network in this one's place; on a GPU not yet, for want of one graph for all positions."""
+        return type(self.network) is PixelCNNpp and self.device.type == "cpu"
+
+    def sampling_system(
+        self, batch_size: int, *, incremental: bool, options: SamplingOptions | None = None, given: Given | None = None
+    ) -> TriangularSystem:
+        plain = super().sampling_system(batch_size, incremental=False, options=options, given=given)
+        assert isinstance(plain, AutoregressiveSystem)
+        return IncrementalPixelCNNppSystem(plain) if incremental and self.incremental else plain
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

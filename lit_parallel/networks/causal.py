@@ -10,9 +10,17 @@ dot product over what it may see. It costs memory: the inputs of a layer, once f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+Surround = Callable[["CausalConv2d", Tensor], Tensor]
+"""Puts around a part of a layer's input what the layer reads beside it: ``x`` widened by ``layer.margins``.
+
+Whoever evaluates a part of an image only knows what lies beside it; around a whole image there are zeros.
+"""
 
 
 class CausalConv2d(nn.Conv2d):
@@ -22,6 +30,7 @@ class CausalConv2d(nn.Conv2d):
 
     Attributes:
         as_product: Compute it as a matrix product.
+        margins: Columns to the left and to the right, rows above and below that the kernel reads beside a pixel.
     """
 
     as_product: bool = False
@@ -38,10 +47,18 @@ class CausalConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride)
         rows, columns = kernel_size
         right = columns // 2 if centred else 0
-        self.margins = (columns - 1 - right, right, rows - 1, 0)  # left, right, above, below
+        self.margins = (columns - 1 - right, right, rows - 1, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, self.margins)
+    def forward(self, x: Tensor, surround: Surround | None = None) -> Tensor:
+        """``[batch, in, height, width]`` to ``[batch, out, height / stride, width / stride]``.
+
+        Args:
+            x: The input, a whole image or a part of one.
+            surround: What lies around it (``None``: zeros).
+        """
+        x = F.pad(x, self.margins) if surround is None else surround(self, x)
+        if surround is not None and x.shape[2:] == self.kernel_size:  # one pixel of each image: one product for all
+            return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
         if self.as_product:
             return _product(x, self.weight, self.bias, self.stride[0])
         return super().forward(x)

@@ -11,12 +11,17 @@ order through short-cut connections (figure 2 of the paper).
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.parametrizations import weight_norm
 
-from lit_parallel.networks.causal import CausalConv2d, CausalConvTranspose2d
+from lit_parallel.networks.causal import CausalConv2d, CausalConvTranspose2d, Surround
+
+Streams = tuple[Tensor | None, Tensor | None]
+"""Features of the down and of the down-right stream; ``None`` where there are none, or none are wanted."""
 
 RESOLUTIONS = 3
 STRIDE = 2 ** (RESOLUTIONS - 1)
@@ -77,22 +82,66 @@ class PixelCNNpp(nn.Module):
         x = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
         down = _shift_down(self.rows_above(x))
         down_right = _shift_down(self.row_above(x)) + _shift_right(self.left(x))
-        features = [(down, down_right)]
+        return self.walk((down, down_right), WholeImages(labels))
+
+    def walk(self, streams: Streams, visitor: Visitor, surround: Surround | None = None) -> Tensor:
+        """From the first features to the output, through every layer in between.
+
+        Args:
+            streams: The first features, of the image or of a part of it.
+            visitor: Evaluates a layer, or knows that it need not.
+            surround: For the last layer, see :class:`~lit_parallel.networks.causal.CausalConv2d`.
+        """
+        features = [streams]
         for level, block in enumerate(self.encoder):
-            for resnets in block:  # type: ignore[attr-defined]
-                features.append(resnets(*features[-1], None, None, labels))
+            for pair in block:  # type: ignore[attr-defined]
+                features.append(visitor.resnets(level, pair, features[-1], (None, None)))
             if level < RESOLUTIONS - 1:
-                features.append(self.downsample[level](*features[-1]))
-        down, down_right = features.pop()
-        for level, block in enumerate(self.decoder):
-            for resnets in block:  # type: ignore[attr-defined]
-                down, down_right = resnets(down, down_right, *features.pop(), labels)
-            if level < RESOLUTIONS - 1:
-                down, down_right = self.upsample[level](down, down_right)
-        return self.output(F.elu(down_right))
+                features.append(visitor.downsample(level, self.downsample[level], features[-1]))  # type: ignore[arg-type]
+        streams = features.pop()
+        for number, block in enumerate(self.decoder):
+            level = RESOLUTIONS - 1 - number
+            for pair in block:  # type: ignore[attr-defined]
+                streams = visitor.resnets(level, pair, streams, features.pop())
+            if level > 0:
+                streams = visitor.upsample(level, self.upsample[number], streams)  # type: ignore[arg-type]
+        _, down_right = streams
+        assert down_right is not None
+        return self.output(F.elu(down_right), surround)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, filters={self.filters}, resnets={self.resnets}"
+
+
+class Visitor(Protocol):
+    """How :meth:`PixelCNNpp.walk` has a layer evaluated. Level l has an image's height and width over ``2 ** l``."""
+
+    def resnets(self, level: int, pair: ResnetPair, streams: Streams, skips: Streams) -> Streams: ...
+
+    def downsample(self, level: int, layer: Resample, streams: Streams) -> Streams:
+        """From this level to the next."""
+
+    def upsample(self, level: int, layer: Resample, streams: Streams) -> Streams:
+        """From this level to the one before."""
+
+
+class WholeImages:
+    """Evaluates every layer on whole images.
+
+    Args:
+        labels: ``[batch]`` class labels, for a conditional network.
+    """
+
+    def __init__(self, labels: Tensor | None) -> None:
+        self.labels = labels
+
+    def resnets(self, level: int, pair: ResnetPair, streams: Streams, skips: Streams) -> Streams:
+        return pair(*streams, *skips, self.labels)
+
+    def downsample(self, level: int, layer: Resample, streams: Streams) -> Streams:
+        return layer(*streams)
+
+    upsample = downsample
 
 
 class ResnetBlock(nn.ModuleList):
@@ -126,8 +175,7 @@ class ResnetPair(nn.Module):
         labels: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         down = self.down(down, skip_down, labels)
-        skip = down if skip_down_right is None else torch.cat([down, skip_down_right], dim=1)
-        return down, self.down_right(down_right, skip, labels)
+        return down, self.down_right(down_right, joined(down, skip_down_right), labels)
 
 
 class GatedResnet(nn.Module):
@@ -162,11 +210,13 @@ class GatedResnet(nn.Module):
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.05)
 
-    def forward(self, x: Tensor, skip: Tensor | None, labels: Tensor | None) -> Tensor:
-        hidden = self.first(concatenated_elu(x))
+    def forward(
+        self, x: Tensor, skip: Tensor | None, labels: Tensor | None, surround: Surround | None = None
+    ) -> Tensor:
+        hidden = self.first(concatenated_elu(x), surround)
         if self.skip is not None and skip is not None:
-            hidden = hidden + self.skip(concatenated_elu(skip))
-        hidden = self.second(self.dropout(concatenated_elu(hidden)))
+            hidden = hidden + self.skip(concatenated_elu(skip), surround)
+        hidden = self.second(self.dropout(concatenated_elu(hidden)), surround)
         if self.label is not None:
             hidden = hidden + self.label(labels)[:, :, None, None]
         a, b = hidden.chunk(2, dim=1)
@@ -188,6 +238,11 @@ class Resample(nn.Module):
 def concatenated_elu(x: Tensor) -> Tensor:
     """``elu([x, -x])``: ``[batch, filters, ...] -> [batch, 2 filters, ...]``, as in the authors' code."""
     return F.elu(torch.cat([x, -x], dim=1))
+
+
+def joined(down: Tensor, skip: Tensor | None) -> Tensor:
+    """What a gated resnet of the down-right stream reads beside its own stream."""
+    return down if skip is None else torch.cat([down, skip], dim=1)
 
 
 def _shift_down(x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class AutoregressiveSystem(TensorSystem):
         self.network = network.to(torch.bfloat16) if options.precision == "bf16" else network
         if self.device.type != "cpu":  # where convolutions may go through transforms, whose rounding is not causal
             as_products(self.network)
-        self._network_dtype = next((parameter.dtype for parameter in self.network.parameters()), self.dtype)
+        self.network_dtype = next((parameter.dtype for parameter in self.network.parameters()), self.dtype)
         width = conditional.draw_noise(generator(0, 0), 1, self.coupling).shape[1]
         self.noise = self.guess.new_ones(batch_size, positions.length, width)
         self.num_classes = num_classes
@@ -145,26 +145,26 @@ class AutoregressiveSystem(TensorSystem):
         return self.positions.to_images(self.conditional.to_pixels(value))
 
     def function(self, x: Tensor) -> Tensor:
-        return self._sample(x, None)
+        return self.draw(self.parameters(x), None)
 
     def evaluate(self, state: Tensor, equations: Equations, frontier: Tensor, running: Tensor | None) -> Evaluation:
         # A predetermined sweep leaves what is not finite where it is; not every network can read that (an embedding).
         x = state if running is not None else torch.where(state.isfinite(), state, self.guess)
-        return write(state, equations, self._sample(x, equations), select(self.guess, equations), running)
+        new = self.draw(select(self.parameters(x), equations), equations)
+        return write(state, equations, new, select(self.guess, equations), running)
 
     def parameters(self, x: Tensor) -> Tensor:
         """The conditionals' parameters at all positions, ``[batch, length, num_parameters]``, from an iterate."""
         encoded = self.conditional.encode(x)
         if encoded.is_floating_point():
-            encoded = encoded.to(self._network_dtype)
+            encoded = encoded.to(self.network_dtype)
         with arithmetic(self.options.precision):
             parameters = self.positions.parameters(self.network, encoded, self.labels)
         check_shape(self.network, parameters, [*x.shape[:2], self.conditional.num_parameters])
         return parameters.to(self.dtype)
 
-    def _sample(self, x: Tensor, equations: Equations) -> Tensor:
-        """New values of the named equations, ``[batch, width, channels]``."""
-        parameters = select(self.parameters(x), equations)
+    def draw(self, parameters: Tensor, equations: Equations) -> Tensor:
+        """New values ``[batch, width, channels]`` of the named equations, from their parameters."""
         batch, width = parameters.shape[:2]
         new = self.conditional.sample(
             parameters.reshape(batch * width, -1),

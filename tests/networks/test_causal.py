@@ -26,6 +26,32 @@ def test_the_product_is_the_convolution(kernel, centred, stride):
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("kernel", "centred"), KERNELS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("part", [(0, 0, 8, 12), (4, 0, 4, 12), (2, 4, 2, 4), (6, 2, 1, 1), (0, 10, 1, 1)])
+def test_a_part_of_an_image_with_what_lies_around_it(kernel, centred, stride, product, part):
+    top, column, rows, columns = part
+    layer = CausalConv2d(3, 5, kernel, stride, centred=centred).double()
+    layer.as_product = product
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    expected = layer(x)[:, :, top // stride : -(-(top + rows) // stride), column // stride :]
+
+    def surround(asked, given):
+        assert asked is layer
+        left, right, above, below = layer.margins
+        assert below == 0
+        framed = torch.nn.functional.pad(x, layer.margins)
+        around = framed[:, :, top : top + rows + above, column : column + columns + left + right]
+        inner = around[:, :, above:, left : left + columns]
+        assert torch.equal(inner, given)
+        return around
+
+    found = layer(x[:, :, top : top + rows, column : column + columns], surround)
+    expected = expected[:, :, :, : -(-columns // stride)]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("kernel", "centred"), KERNELS[:2])
 def test_the_product_is_the_transposed_convolution(kernel, centred):
     layer = CausalConvTranspose2d(3, 5, kernel, centred=centred).double()

@@ -66,8 +66,8 @@ def test_every_solver_draws_the_bits_of_a_loop_over_pixels(coupling, shape, batc
     for solver in SOLVERS if shape[0] == 1 else SOLVERS[1::2]:
         images, solution = sample(model, batch, solver=solver, seed=5, options=SamplingOptions(coupling))
         assert_solved(model, expected, images, solution, solver.name == "sequential")
-        # The result of a tolerance was repaired, that of equality had nothing to repair.
-        if coupling != "paper" and solver.name != "sequential":
+        # The result of a tolerance was repaired, that of equality had nothing to repair; from caches, rounding differs.
+        if coupling != "paper" and solver.name in ("jacobi", "jacobi_gs"):
             assert (solution.certificate_iterations == 1).all()
 
 
