@@ -12,14 +12,14 @@ Without a GPU the same steps are taken by the plain functions beside the kernels
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from lit_parallel.dense.structure import Structure, fold
+from lit_parallel.dense.structure import DenseBlock, Structure, fold
 from lit_parallel.errors import UserError
 from lit_parallel.kernels.dense_block import (
     BlockWeights,
@@ -126,7 +126,7 @@ class FusedWeights:
     def __init__(self, structure: Structure, dtype: torch.dtype) -> None:
         self.structure, self.dtype = structure, dtype
         with torch.inference_mode(False), torch.no_grad():
-            self.blocks = [BlockWeights.of(block.folded(), dtype) for block in structure.blocks]
+            self.blocks = [self._block(block) for block in structure.blocks]
             self.means = [self._mean(index) for index in range(len(self.blocks))]
             self.transitions = [self._transition(index) for index in range(len(self.blocks) - 1)]
             self.head, self.head_bias = self._head()
@@ -152,12 +152,16 @@ class FusedWeights:
         weights = self.blocks[index]
         guessed = self.means[index] if guess == "mean" else torch.zeros_like(self.means[index])
         active = (weights.scale * guessed + weights.shift).relu()
-        channel = torch.arange(weights.channels, device=active.device)
         for window in plan.windows(weights.layers):
             active[window[0] : window[-1] + 1, : weights.first_channel(window[0])] = 0
-            for layer in window:
-                active[layer] *= channel < weights.first_channel(layer)
-        return torch.einsum("lc,lwc->lw", active, weights.bottleneck.to(active.dtype))
+        return weights.gain * torch.einsum("lc,lwc->lw", active, weights.bottleneck.to(active.dtype))
+
+    def _block(self, block: DenseBlock) -> BlockWeights:
+        folded, gains = [], []
+        for layer, module in zip(block.folded(), block.layers, strict=True):
+            folded.append(replace(layer, bottleneck=_part(module, "conv1").weight.flatten(1)))
+            gains.append(fold(_part(module, "norm2"))[0])
+        return BlockWeights.of(folded, gains, self.dtype)
 
     def _mean(self, index: int) -> Tensor:
         """Mean of the layers' channels, ``[channels]``, by the batch norm behind the block."""
@@ -196,8 +200,8 @@ class FusedWeights:
         bias = None if classifier.bias is None else classifier.bias.to(self.dtype, copy=True)
         return self._read(len(self.blocks) - 1, classifier.weight), bias
 
-    def _stem(self) -> tuple[Tensor, Tensor] | None:
-        """Convolution with folded batch norm, and bias, if the stem is ImageNet's."""
+    def _stem(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Convolution, scale and shift, if the stem is ImageNet's."""
         features: dict[str, Any] = dict(_part(self.structure.network, "features").named_children())
         if list(features)[:5] != ["conv0", "norm0", "relu0", "pool0", "denseblock1"]:
             return None
@@ -205,9 +209,9 @@ class FusedWeights:
         sizes = ((3, pooling.kernel_size), (2, pooling.stride), (1, pooling.padding), (1, pooling.dilation))
         if conv.bias is not None or pooling.ceil_mode or not all(_is(n, size) for n, size in sizes):
             return None
-        scale, shift = fold(features["norm0"])
-        weight = (conv.weight.double() * scale[:, None, None, None]).to(self.dtype)
-        return weight.contiguous(memory_format=torch.channels_last), shift.to(sum_type(self.dtype))
+        weight = conv.weight.to(self.dtype, memory_format=torch.channels_last, copy=True)
+        scale, shift = (tensor.to(sum_type(self.dtype)) for tensor in fold(features["norm0"]))
+        return weight, scale, shift
 
 
 class FusedEvaluation:
@@ -362,7 +366,7 @@ class FusedEvaluation:
     def _enter(self, image: Tensor) -> None:
         """From the stem to the first block's features."""
         if self.weights.stem is not None:
-            pool(image, self.weights.stem[1], self._features[0])
+            pool(image, *self.weights.stem[1:], self._features[0])
         else:
             self._features[0][..., : image.shape[1]].copy_(image.permute(0, 2, 3, 1))
 

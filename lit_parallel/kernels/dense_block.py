@@ -3,8 +3,8 @@
 The features of a block lie in one buffer ``x``, ``[batch, height, width, channels]``: first the block's input, then the
 channels of every layer, written in place and never copied. A layer ``l`` reads the ``c_l`` channels before its own::
 
-    pre_l = bias_l + sum over c < c_l of relu(scale_l[c] x[c] + shift_l[c]) bottleneck_l[:, c]      (`collect`)
-    x_l   = convolution 3 x 3 of relu(pre_l)                                                        (`grow`)
+    pre_l = bias_l + gain_l * sum over c < c_l of relu(scale_l[c] x[c] + shift_l[c]) bottleneck_l[:, c]   (`collect`)
+    x_l   = convolution 3 x 3 of relu(pre_l)                                                              (`grow`)
 
 `collect` sums over a range of channels for many layers at once, on top of what was summed before, so that what
 is final is summed once. `grow` may add what it has just made to the sums of later layers: then a layer is one launch.
@@ -81,8 +81,9 @@ class BlockWeights:
 
     Attributes:
         scale, shift: ``[layers, channels]``, in the type of sums; zero beyond the channels that a layer reads.
-        bottleneck: ``[layers, bottleneck, channels]``, in the type of features.
-        bias: ``[layers, bottleneck]``, in the type of sums.
+        bottleneck: ``[layers, bottleneck, channels]``, in the type of features: the network's own weights. With the
+            second norm's scale folded in they would be rounded once more.
+        gain, bias: ``[layers, bottleneck]``, in the type of sums: the second norm.
         growth: ``[layers, 9, bottleneck, growth]``, in the type of features; rows of the 3 x 3 window first.
         entry: Channels of the block's input, padded.
         product: How float32 numbers are multiplied, see :func:`product_of`.
@@ -91,14 +92,21 @@ class BlockWeights:
     scale: Tensor
     shift: Tensor
     bottleneck: Tensor
+    gain: Tensor
     bias: Tensor
     growth: Tensor
     entry: int
     product: str
 
     @classmethod
-    def of(cls, layers: Sequence[FoldedLayer], dtype: torch.dtype) -> BlockWeights:
-        """Lay out folded layers for features of a type."""
+    def of(cls, layers: Sequence[FoldedLayer], gains: Sequence[Tensor], dtype: torch.dtype) -> BlockWeights:
+        """Lay out layers for features of a type.
+
+        Args:
+            layers: Folded, but for the second norm's scale, which their ``bottleneck`` is without.
+            gains: That scale, ``[bottleneck]`` of every layer.
+            dtype: Of features.
+        """
         first = layers[0]
         start, growth, width = len(first.scale), first.growth.shape[0], first.growth.shape[1]
         entry, step = padded(start), padded(growth)
@@ -107,17 +115,18 @@ class BlockWeights:
         make = first.bottleneck.new_zeros
         scale, shift = make(2, len(layers), channels, dtype=sums).unbind()
         bottleneck = make(len(layers), padded(width), channels, dtype=dtype)
-        bias = make(len(layers), padded(width), dtype=sums)
+        gain, bias = make(2, len(layers), padded(width), dtype=sums).unbind()
         weight = make(len(layers), 9, padded(width), step, dtype=dtype)
         for index, layer in enumerate(layers):
             at = places(start, growth, index, make(0).device)
             scale[index, at] = layer.scale.to(sums)
             shift[index, at] = layer.shift.to(sums)
             bottleneck[index, :width, at] = layer.bottleneck.to(dtype)
+            gain[index, :width] = gains[index].to(sums)
             bias[index, :width] = layer.bias.to(sums)
             weight[index, :, :width, :growth] = layer.growth.flatten(2).permute(2, 1, 0).to(dtype)
         product = product_of(bottleneck)
-        return cls(scale, shift, rounded(bottleneck, product), bias, rounded(weight, product), entry, product)
+        return cls(scale, shift, rounded(bottleneck, product), gain, bias, rounded(weight, product), entry, product)
 
     @property
     def layers(self) -> int:
@@ -144,7 +153,7 @@ class BlockWeights:
 
     def replace_by(self, other: BlockWeights) -> None:
         """Copy the numbers of other weights of the same shape to where these lie."""
-        for name in ("scale", "shift", "bottleneck", "bias", "growth"):
+        for name in ("scale", "shift", "bottleneck", "gain", "bias", "growth"):
             getattr(self, name).copy_(getattr(other, name))
 
 
@@ -168,12 +177,21 @@ def _operand(x, dtype: tl.constexpr, PRODUCT: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def _add_product(acc, a, w, PRODUCT: tl.constexpr):
+    if PRODUCT == "tf32x3":  # tensor cores cut their sums off, too: few terms are left to them
+        acc += tl.dot(a, w, input_precision=PRODUCT)
+    else:
+        acc = tl.dot(a, w, acc, input_precision=PRODUCT)
+    return acc
+
+
 # --------------------------------------------------------------------------------------------------------- collect
 
 
 @triton.jit(do_not_specialize=["rows", "first", "count", "active_count"])
 def _collect(
-    x, scale, shift, weight, bias, offset, base, total, active,
+    x, scale, shift, weight, gain, bias, offset, base, total, active,
     rows, channels, width, entry, step, first, count, active_count, begin, end,
     BASE: tl.constexpr, TOTAL: tl.constexpr, ACTIVE: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, OUT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PRODUCT: tl.constexpr,
@@ -201,7 +219,8 @@ def _collect(
         t = tl.load(shift + at, mask=more, other=0.0)
         w = tl.load(weights + at, mask=more[:, None] & (out < width)[None, :], other=0.0)
         a = _operand(_relu(a.to(tl.float32) * s[None, :] + t[None, :]), dtype, PRODUCT)
-        acc = tl.dot(a, w, acc, input_precision=PRODUCT)
+        acc = _add_product(acc, a, w, PRODUCT)
+    acc *= tl.load(gain + layer * width + out, mask=out < width, other=0.0)[None, :]
     mask = (row < rows)[:, None] & (out < width)[None, :]
     at = (member.to(tl.int64) * rows + row)[:, None] * width + out[None, :]
     if BASE:
@@ -235,7 +254,7 @@ def collect_plainly(
         reads = slice(begin, max(begin, min(end, weights.first_channel(layer))))
         scaled = features[:, reads].to(weights.scale.dtype) * weights.scale[layer, reads] + weights.shift[layer, reads]
         part = scaled.relu().to(x.dtype).to(scaled.dtype) @ weights.bottleneck[layer, :, reads].to(scaled.dtype).T
-        pre = (weights.bias[layer] if base is None else base[member]) + part
+        pre = (weights.bias[layer] if base is None else base[member]) + weights.gain[layer] * part
         if total is not None:
             total[member] = pre
         if active is not None and member < len(active):
@@ -272,8 +291,7 @@ def collect(
     if not triton_runs_on(x.device) or x.dtype == torch.float64:
         return collect_plainly(x, weights, layers, begin, end, base=base, total=total, active=active, offset=offset)
     rows = x.shape[:3].numel()
-    longest = min(end, weights.first_channel(layers[-1])) - begin
-    tile = tile_of_collect(rows, len(layers), weights.width, longest).for_type(x.dtype)
+    tile = tile_of_collect(rows, len(layers), weights.width).for_type(x.dtype)
     unused = weights.bias
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(weights.width, tile.out), len(layers))
     _collect[grid](
@@ -281,6 +299,7 @@ def collect(
         weights.scale,
         weights.shift,
         weights.bottleneck,
+        weights.gain,
         weights.bias,
         unused if offset is None else offset,
         unused if base is None else base,
@@ -315,7 +334,7 @@ def collect(
 
 @triton.jit(do_not_specialize=["height", "across", "batch", "tiles", "layer_0", "apart", "later"])
 def _grow(
-    active, growth, x, change, scale, shift, weight, sums, following,
+    active, growth, x, change, scale, shift, weight, gain, sums, following,
     height, across, batch, tiles, channels, width, entry, step, layer_0, apart, later,
     MEASURE: tl.constexpr, PUSH: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr,
@@ -343,6 +362,8 @@ def _grow(
         b = tl.arange(0, WIDTH)
         s = tl.load(scale + reader * channels + first + g, mask=g < step, other=0.0)
         t = tl.load(shift + reader * channels + first + g, mask=g < step, other=0.0)
+        of_gain = gain + reader * width + b
+        gain_reader = tl.load(of_gain, mask=b < width, other=0.0)
         of_reader = weight + (reader * width + b[None, :]) * channels + first + g[:, None]
         w_reader = tl.load(of_reader, mask=(g < step)[:, None] & (b < width)[None, :], other=0.0)
     if OVERLAP:
@@ -362,7 +383,7 @@ def _grow(
         of_a = active + (down * across + right) * width + chunk
         a = tl.load(of_a, mask=seen[:, None] & more[None, :], other=0.0)
         w = tl.load(growth + (tap * width + chunk) * step, mask=more[:, None] & (g < step)[None, :], other=0.0)
-        acc = tl.dot(a, w, acc, input_precision=PRODUCT)
+        acc = _add_product(acc, a, w, PRODUCT)
     new = acc.to(dtype)
     mask = inside[:, None] & (g < step)[None, :]
     to = x + row[:, None] * channels + first + g[None, :]
@@ -376,7 +397,7 @@ def _grow(
         tl.atomic_max(at + apart, tl.max(tl.max(largest, axis=1), axis=0))
     if PUSH:
         read = _operand(_relu(new.to(tl.float32) * s[None, :] + t[None, :]), dtype, PRODUCT)
-        pushed = tl.dot(read, w_reader, pushed, input_precision=PRODUCT)
+        pushed += gain_reader[None, :] * tl.dot(read, w_reader, input_precision=PRODUCT)
         if tl.program_id(1) == 0:  # the next layer, whose sum is whole
             tl.store(to, new, mask=mask)
             of_following = following + row[:, None] * width + b[None, :]
@@ -455,6 +476,7 @@ def grow(
         weights.scale,
         weights.shift,
         weights.bottleneck,
+        weights.gain,
         weights.bias if later is None else later,
         active if following is None else following,
         height,
@@ -536,7 +558,7 @@ def _transition(
         a += _relu(tl.load(above + channels, mask=mask, other=0.0).to(tl.float32) * s + t)
         a += _relu(tl.load(below, mask=mask, other=0.0).to(tl.float32) * s + t)
         a += _relu(tl.load(below + channels, mask=mask, other=0.0).to(tl.float32) * s + t)
-        acc = tl.dot(_operand(0.25 * a, dtype, PRODUCT), w, acc, input_precision=PRODUCT)
+        acc = _add_product(acc, _operand(0.25 * a, dtype, PRODUCT), w, PRODUCT)
     mask = (row < rows)[:, None] & (out < out_channels)[None, :]
     tl.store(y + row.to(tl.int64)[:, None] * out_stride + out[None, :], acc.to(y.dtype.element_ty), mask=mask)
 
@@ -562,7 +584,7 @@ def transition(x: Tensor, weights: ReadWeights, y: Tensor) -> None:
     if not triton_runs_on(x.device) or x.dtype == torch.float64:
         return transition_plainly(x, weights, y)
     rows, out = y.shape[:3].numel(), len(weights.weight)
-    tile = tile_of_transition(rows, out).for_type(x.dtype)
+    tile = TRANSITION.for_type(x.dtype)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(out, tile.out))
     _transition[grid](
         x,
@@ -626,7 +648,7 @@ def mean(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["height", "across", "out_height", "out_across", "rows"])
-def _pool(image, bias, y, rows, height, across, out_height, out_across, channels, out_stride,
+def _pool(image, scale, bias, y, rows, height, across, out_height, out_across, channels, out_stride,
           ROWS: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -635,12 +657,14 @@ def _pool(image, bias, y, rows, height, across, out_height, out_across, channels
     c = tl.arange(0, WIDE)
     sample, pixel = row // (out_height * out_across), row % (out_height * out_across)
     top, left = pixel // out_across * 2 - 1, pixel % out_across * 2 - 1
+    s = tl.load(scale + c, mask=c < channels, other=0.0)[None, :]
     largest = tl.full([ROWS, WIDE], float("-inf"), tl.float32)
     for i in tl.static_range(9):
         v, h = top + i // 3, left + i % 3
         seen = (row < rows) & (v >= 0) & (v < height) & (h >= 0) & (h < across)
         at = ((sample * height + v) * across + h).to(tl.int64)[:, None] * channels + c[None, :]
-        value = tl.load(image + at, mask=seen[:, None] & (c < channels)[None, :], other=float("-inf")).to(tl.float32)
+        value = s * tl.load(image + at, mask=seen[:, None] & (c < channels)[None, :], other=0.0).to(tl.float32)
+        value = tl.where(seen[:, None], value, float("-inf"))
         largest = tl.where((value > largest) | (value != value), value, largest)
     result = largest + tl.load(bias + c, mask=c < channels, other=0.0)[None, :]
     result = tl.where(result < 0.0, 0.0, result)
@@ -648,27 +672,30 @@ def _pool(image, bias, y, rows, height, across, out_height, out_across, channels
     tl.store(y + row.to(tl.int64)[:, None] * out_stride + c[None, :], result.to(y.dtype.element_ty), mask=mask)
 
 
-def pool_plainly(image: Tensor, bias: Tensor, y: Tensor) -> None:
+def pool_plainly(image: Tensor, scale: Tensor, bias: Tensor, y: Tensor) -> None:
     """What :func:`pool` does."""
-    pooled = F.max_pool2d(image.to(bias.dtype) + bias[:, None, None], 3, stride=2, padding=1).relu()
+    pooled = F.max_pool2d(
+        image.to(bias.dtype) * scale[:, None, None] + bias[:, None, None], 3, stride=2, padding=1
+    ).relu()
     y[..., : len(bias)] = pooled.permute(0, 2, 3, 1).to(y.dtype)
 
 
-def pool(image: Tensor, bias: Tensor, y: Tensor) -> None:
-    """Bias, rectifier and the largest of 3 x 3 pixels, at every other pixel.
+def pool(image: Tensor, scale: Tensor, bias: Tensor, y: Tensor) -> None:
+    """Batch norm, rectifier and the largest of 3 x 3 pixels, at every other pixel.
 
     Args:
         image: ``[batch, channels, height, width]``, channels last in memory.
-        bias: ``[channels]``, in the type of sums.
+        scale: ``[channels]``, in the type of sums.
+        bias: The same.
         y: ``[batch, (height + 1) // 2, (width + 1) // 2, channels]`` features, whose first channels are written.
     """
     if not triton_runs_on(y.device) or y.dtype == torch.float64:
-        return pool_plainly(image, bias, y)
+        return pool_plainly(image, scale, bias, y)
     channels, height, across = image.shape[1:]
     rows = y.shape[:3].numel()
     grid = (triton.cdiv(rows, 16),)
     _pool[grid](
-        image, bias, y, rows, height, across, y.shape[1], y.shape[2], channels, y.shape[3],
+        image, scale, bias, y, rows, height, across, y.shape[1], y.shape[2], channels, y.shape[3],
         16, triton.next_power_of_2(channels), num_warps=4, **overlap(y.device, grid[0]),
     )  # fmt: skip
 
@@ -698,8 +725,11 @@ class Tile:
         return replace(self, depth=max(_ALIGNED, 2 * self.depth // dtype.itemsize))
 
 
-def tile_of_collect(rows: int, layers: int, width: int, depth: int) -> Tile:
-    """The tile of :func:`collect`, for sums over so many channels."""
+# The fastest of those tried on an H100. Large tiles load less; small ones leave no multiprocessor without work.
+
+
+def tile_of_collect(rows: int, layers: int, width: int) -> Tile:
+    """The tile of :func:`collect`."""
 
     def programs(tile: Tile) -> int:
         return layers * triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.out)
@@ -716,6 +746,4 @@ def tile_of_grow(batch: int, pixels: int, programs: int, width: int) -> Tile:
     return Tile(64 if programs * batch * triton.cdiv(pixels, 64) >= 32 else 16, 0, depth, 4, 4)
 
 
-def tile_of_transition(rows: int, out: int) -> Tile:
-    """The tile of :func:`transition`."""
-    return Tile(16, 32, 128, 4, 3)
+TRANSITION = Tile(16, 32, 128, 4, 3)

@@ -1,5 +1,7 @@
 """Evaluation by windows and iterations: the plain functions on a CPU, the kernels and the graph on a GPU."""
 
+import copy
+
 import pytest
 import torch
 from dense_helpers import NETWORKS, images, jacobi_iterates, lived_in, side_of
@@ -162,12 +164,11 @@ class TestOnAGpu:
         network = NETWORKS[name]().float().cuda()
         structure, x = structure_of(network), images(side=side_of(name) + 1).float().cuda()
         evaluation = FusedEvaluation(structure, plan_of(structure, window, iterations), torch.zeros_like(x))
-        for factor in (1, 2):
-            with torch.no_grad():
-                expected = network(factor * x)
-            logits, _ = evaluation.run(factor * x)
-            torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
-            assert torch.equal(logits, evaluation.run(factor * x)[0])
+        logits = [evaluation.run(factor * x)[0] for factor in (1, 2, 1)]
+        with torch.no_grad():
+            torch.testing.assert_close(logits[0], network(x), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(logits[1], network(2 * x), rtol=1e-3, atol=1e-4)
+        assert torch.equal(logits[0], logits[2])
 
     def test_iterates_are_those_of_the_plain_functions(self, monkeypatch):
         network = lived_in(DenseNet(32, (6, 12), 64, num_classes=9), side=64).float().cuda()
@@ -182,18 +183,19 @@ class TestOnAGpu:
             torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(residuals.relative, expected_residuals.relative, rtol=1e-3, atol=1e-5)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_no_farther_from_float64_than_twice_the_ordinary_forward(self, dtype):
-        network = lived_in(DenseNet(32, (6, 12, 12), 64, num_classes=100), side=64).cuda()
-        x = images(8, side=64).cuda()
+    @pytest.mark.parametrize(("kind", "times"), [("bfloat16", 2), ("tf32", 2), ("float32", 5)])
+    def test_hardly_farther_from_float64_than_the_ordinary_forward(self, kind, times, monkeypatch):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", kind == "tf32")
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        network = lived_in(DenseNet(32, (6, 12, 12), 64, num_classes=100), side=64).cuda().to(dtype)
+        x = images(8, side=64).cuda().to(dtype)
         with torch.no_grad():
-            exact = network(x)
-            network.to(dtype)
-            ordinary = network(x.to(dtype))
+            ordinary = network(x)
+            exact = copy.deepcopy(network).double()(x.double())
         structure = structure_of(network)
-        logits, _ = FusedEvaluation(structure, Plan.sequential(structure), x.to(dtype)).run(x.to(dtype))
+        logits, _ = FusedEvaluation(structure, Plan.sequential(structure), x).run(x)
         assert logits.dtype == dtype
-        assert (logits - exact).norm() <= 2 * (ordinary - exact).norm()
+        assert (logits - exact).norm() <= times * (ordinary - exact).norm()
 
     def test_refresh_reaches_the_graph(self):
         network = NETWORKS["own"]().float().cuda()
