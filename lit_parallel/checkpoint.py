@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lit_parallel.modules.densenet import DenseNetModule
 from lit_parallel.modules.made import MadeModule
 from lit_parallel.modules.pixelcnnpp import PixelCNNppModule
 from lit_parallel.modules.sequence import build_sequence_module
+from lit_parallel.weights_file import ForeignFileError, read
 
 _MODULES: dict[str, Callable[..., TrainableModule]] = {
     "made": MadeModule,
@@ -99,13 +99,13 @@ def _read(path: Path) -> dict[str, Any]:
         hint = f" In that folder: {', '.join(near)}." if near else ""
         raise UserError(f"There is no checkpoint '{path}'.{hint}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        content = read(path)
+    except ForeignFileError as error:
         raise UserError(
             f"'{path}' is not a checkpoint of this project: it holds more than tensors and plain values, or is no "
             "checkpoint at all. Nothing in it was executed."
         ) from error
-    except Exception as error:  # on damaged bytes torch's reader raises almost anything
+    except UserError as error:
         raise UserError(f"The checkpoint '{path}' is damaged or incomplete: copy it again, or use another.") from error
     if not isinstance(content, dict):
         raise UserError(f"'{path}' is not a checkpoint of this project. Make one with train.py.")

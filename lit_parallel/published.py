@@ -36,6 +36,7 @@ def convert(weights: str | Path, output: str | Path, image_size: int | None = No
     from lit_parallel.config import TrainConfig, from_container
     from lit_parallel.networks.pixelcnnpp import STRIDE
     from lit_parallel.networks.published import from_published
+    from lit_parallel.weights_file import read
 
     weights, output = Path(weights), Path(output)
     if image_size is not None and (image_size < 1 or image_size % STRIDE):
@@ -43,7 +44,7 @@ def convert(weights: str | Path, output: str | Path, image_size: int | None = No
     if output.exists():
         raise UserError(f"'{output}' exists already: name another --output.")
     try:
-        network = from_published(_read(weights))
+        network = from_published(read(weights))
     except UserError as error:
         raise UserError(f"Cannot convert '{weights}'. {error}") from error
     per_component = DiscretizedLogisticMixture(network.channels, 1).num_parameters
@@ -73,24 +74,6 @@ def convert(weights: str | Path, output: str | Path, image_size: int | None = No
     with output.open("xb") as file:
         torch.save(as_checkpoint(model), file)
     return model.eval()
-
-
-def _read(path: Path) -> Any:
-    import pickle
-
-    import torch
-
-    if not path.is_file():
-        raise UserError("There is no such file.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            "It holds more than tensors and plain values (save the model's state_dict), or is no PyTorch file at all; "
-            "nothing in it was executed."
-        ) from error
-    except Exception as error:  # on damaged bytes torch's reader raises almost anything
-        raise UserError("It is damaged or incomplete: copy it again.") from error
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,11 +7,8 @@ chosen, measured and captured with the first batch of the kind, and adapts to th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-import math
-import statistics
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,12 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_parallel.dense.evaluation import BlockRecord, EvaluationRecord, PlainEvaluation
+from lit_parallel.dense.evaluation import EvaluationRecord, PlainEvaluation
 from lit_parallel.dense.options import DenseOptions
 from lit_parallel.dense.structure import Structure, structure_of
+from lit_parallel.dense.ways import (
+    Fused,
+    Ordinary,
+    Padded,
+    Plain,
+    Way,
+    first_plan,
+    kernels_run_on,
+    median_seconds,
+    runs_fused,
+)
 from lit_parallel.errors import UserError, first_line
-from lit_parallel.kernels import triton_runs_on
-from lit_parallel.recurrent.stopwatch import synchronize
+from lit_parallel.recurrent.stopwatch import seconds_of
 
 if TYPE_CHECKING:
     from lit_parallel.dense.fused import FusedWeights, Plan
@@ -34,16 +41,13 @@ logger = logging.getLogger(__name__)
 WINDOWS = (4, 8, 16)
 """Layers in the windows of GS-Jacobi that ``auto`` tries beside all layers of a block (Jacobi) and one (sequential)."""
 
-_WINDOW = 8  # of gs_jacobi, where none is named
 _WORTH_IT = 1.05  # times faster than the ordinary forward, or auto takes that
 _CLEARLY = 0.98  # part of the best time so far that another plan may take: less would be noise
 _HOPELESS = 1.5  # times as slow as the ordinary forward: Jacobi iterations, which are more work, are not even tried
 _LOSS = 2.0  # times the ordinary forward's own distance from float64's logits, that others may have
 _OWN_FORWARD = 0.05  # relative difference of the logits that rounding does not explain
-_COMPARED = 16  # images that auto compares with what float64 gives
+_COMPARED = 16  # images whose logits auto compares with float64's
 _CURVE_OF = 8  # images whose changes are followed through all iterations
-_REPEATS = 5
-_LONG = 0.2  # seconds that are measured once
 _MOST_KINDS = 8  # of batches that are remembered: a captured graph keeps its memory
 
 Kind = tuple[Any, ...]  # the number of images first
@@ -180,200 +184,6 @@ class Evaluator:
         return dataclasses.replace(record, blocks=blocks)
 
 
-class Way(ABC):
-    """A way to evaluate batches of one kind.
-
-    Attributes:
-        captured: Whether it is for one number of images only.
-    """
-
-    captured = False
-
-    @abstractmethod
-    def __call__(self, images: Tensor) -> tuple[Tensor, EvaluationRecord]:
-        """Logits, and what they took."""
-
-    def refresh(self) -> None:  # noqa: B027 - most ways keep nothing of the weights
-        """To be called after weights have changed."""
-
-
-class Ordinary(Way):
-    """The network's own forward."""
-
-    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
-        self.forward = forward
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, EvaluationRecord]:
-        return self.forward(images), EvaluationRecord("sequential", "ordinary", [], math.nan)
-
-    def __str__(self) -> str:
-        return "the ordinary forward"
-
-
-class Plain(Way):
-    """A solver's loop over the network's own layers."""
-
-    def __init__(self, structure: Structure, options: DenseOptions) -> None:
-        self.options = options
-        self._evaluation = PlainEvaluation(structure, options)
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, EvaluationRecord]:
-        return self._evaluation(images)
-
-    def __str__(self) -> str:
-        return f"plain {self.options.solver}"
-
-
-class Fused(Way):
-    """Kernels in one CUDA graph, by a plan that grows until the tolerance holds.
-
-    Every batch is checked: where the features' relative change in the last planned iteration is above the tolerance,
-    the batch is evaluated again by a plan with more iterations, at most as many as a window has layers, which is exact;
-    the batches that follow start with that plan. The host waits once per batch, and not at all where nothing is to be
-    checked.
-
-    Args:
-        structure: The network.
-        solver: Its name, for records.
-        plan: To begin with.
-        images: ``[batch, channels, height, width]``: the kind.
-        options: With the tolerance; with ``iterations``, nothing is checked.
-        weights: Which all ways of the network share.
-
-    Attributes:
-        instead: Another way, and its seconds: to be taken where a plan that has grown takes longer.
-    """
-
-    captured = True
-
-    def __init__(
-        self,
-        structure: Structure,
-        solver: str,
-        plan: Plan,
-        images: Tensor,
-        options: DenseOptions,
-        weights: FusedWeights,
-    ) -> None:
-        self.structure, self.solver, self.options = structure, solver, options
-        self.layers = [len(block.layers) for block in structure.blocks]
-        self.instead: tuple[Way, float] | None = None
-        self._weights = weights
-        self._given_up = False
-        self.adopt(plan, images)
-
-    def adopt(self, plan: Plan, images: Tensor) -> None:
-        """Evaluate by another plan from now on."""
-        from lit_parallel.dense.fused import FusedEvaluation
-
-        self.plan = plan
-        self._evaluation = FusedEvaluation(
-            self.structure, plan, images, guess=self.options.guess, weights=self._weights
-        )
-        sizes = list(zip(plan.blocks, self.layers, strict=True))
-        iterates = [block.iterations is not None and block.iterations < min(block.window, n) for block, n in sizes]
-        self.checked = self.options.iterations is None and any(iterates)
-        batch = (len(images),)
-        self._blocks = [
-            BlockRecord(
-                block.name,
-                layers,
-                iterations=torch.full(batch, planned.iterations_of(layers)),
-                evaluations=torch.full(batch, planned.evaluations_of(layers)),
-                residual=None,
-                seconds=math.nan,
-            )
-            for block, (planned, layers) in zip(self.structure.blocks, sizes, strict=True)
-        ]
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, EvaluationRecord]:
-        if self._given_up:
-            assert self.instead is not None
-            return self.instead[0](images)
-        began = time.perf_counter()
-        logits, relative = self.run(images)
-        while (plan := self.grown(relative, images)) is not None:
-            self.adopt(plan, images)
-            logits, relative = self.run(images)
-            if self.instead is not None and seconds_of(self.run, images) > self.instead[1]:
-                self._given_up = True
-                return self.instead[0](images)
-        return logits, self._record(relative, time.perf_counter() - began if self.checked else math.nan)
-
-    def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits, and ``[blocks, batch]`` what the last iterations changed, on the host, if there is any to check."""
-        logits, residuals = self._evaluation.run(images)
-        return logits, residuals.relative.cpu() if self.checked else None
-
-    def grown(self, relative: Tensor | None, images: Tensor) -> Plan | None:
-        """A plan with more iterations in those blocks that have changed too much; ``None`` if there is no need."""
-        if relative is None:
-            return None
-        if not bool(relative.isfinite().all()):
-            # An image that is not finite itself never will be, and must not cost the others their time.
-            relative = torch.where(images.isfinite().flatten(1).all(1).cpu(), relative, 0)
-        largest = relative.amax(dim=1).tolist()
-        return self.with_more(change > self.options.tolerance for change in largest)
-
-    def with_more(self, wanted: Any) -> Plan | None:
-        """The plan with more iterations in the wanted blocks, as far as there are any to add."""
-        limit = self.options.max_iterations or math.inf
-        blocks = list(self.plan.blocks)
-        for index, (block, layers, more) in enumerate(zip(self.plan.blocks, self.layers, wanted, strict=True)):
-            most = min(block.window, layers)
-            if more and block.iterations is not None and block.iterations < most:
-                grown = dataclasses.replace(block, iterations=min(most, 1 + block.iterations + block.iterations // 5))
-                if grown.iterations_of(layers) <= limit:
-                    blocks[index] = grown
-        plan = dataclasses.replace(self.plan, blocks=tuple(blocks))
-        return None if plan == self.plan else plan
-
-    def refresh(self) -> None:
-        self._evaluation.refresh()  # and with it the weights that it shares with the way to be taken instead
-
-    def _record(self, relative: Tensor | None, seconds: float) -> EvaluationRecord:
-        blocks = self._blocks
-        if relative is not None:
-            found = zip(blocks, relative, relative <= self.options.tolerance, strict=True)
-            blocks = [dataclasses.replace(block, residual=change[None], solved=ok) for block, change, ok in found]
-        return EvaluationRecord(self.solver, "fused", blocks, seconds)
-
-    def __str__(self) -> str:
-        if self.solver == "sequential":
-            return "fused sequential"
-        blocks = list(zip(self.plan.blocks, self.layers, strict=True))
-        sizes = [1 if block.iterations is None else block.window for block, _ in blocks]
-        is_uniform = all(size == min(max(sizes), layers) for size, layers in zip(sizes, self.layers, strict=True))
-        shown_sizes = str(max(sizes)) if is_uniform else " + ".join(map(str, sizes))
-        windows = f"windows of {shown_sizes} layers, " if self.solver == "gs_jacobi" else ""
-        return f"fused {self.solver}, {windows}{' + '.join(str(b.iterations or n) for b, n in blocks)} iterations"
-
-
-class Padded(Way):
-    """A way for more images than there are: the last one is repeated."""
-
-    captured = True
-
-    def __init__(self, way: Way, batch: int) -> None:
-        self.way, self.batch = way, batch
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, EvaluationRecord]:
-        count = len(images)
-        repeated = images[-1:].expand(self.batch - count, *images.shape[1:])
-        logits, record = self.way(torch.cat([images, repeated]))
-        blocks = [
-            dataclasses.replace(
-                block,
-                iterations=block.iterations[:count],
-                evaluations=block.evaluations[:count],
-                residual=None if block.residual is None else block.residual[:, :count],
-                solved=None if block.solved is None else block.solved[:count],
-            )
-            for block in record.blocks
-        ]
-        return logits[:count], dataclasses.replace(record, blocks=blocks)
-
-
 class _Choice:
     """Measures the ways to evaluate a batch.
 
@@ -386,7 +196,6 @@ class _Choice:
         self.evaluator, self.images = evaluator, images
         self.ordinary = evaluator.ordinary
         self.expected, _ = self.ordinary(images)
-        self._exact: tuple[Tensor, float] | None = None
         self._exact_way: tuple[Way, float] | None = None  # what needs no tolerance, if one that does becomes slow
         self.told: list[str] = []
         self.best: tuple[Way, float] = (self.ordinary, self._measure(self.ordinary))
@@ -403,6 +212,7 @@ class _Choice:
             self.told.append(first_line(error))
         way, seconds = self.best
         if way is not self.ordinary and seconds * _WORTH_IT > ordinary_seconds:
+            self.told.append(f"less than {_WORTH_IT:g} times as fast is not worth it")
             way, seconds = self.ordinary, ordinary_seconds
         dtype = str(self.expected.dtype).removeprefix("torch.")
         logger.info(
@@ -414,13 +224,9 @@ class _Choice:
     def _try_kernels(self) -> None:
         from lit_parallel.dense.fused import Plan
 
-        structure, evaluator = self.evaluator.structure, self.evaluator
-        ordinary_seconds = self.best[1]
-        sequential = evaluator.fused("sequential", Plan.sequential(structure), self.images)
-        seconds = self._measure(sequential)
-        if self._is_accurate(sequential(self.images)[0]) and seconds < self.best[1]:
-            self.best = (sequential, seconds)
-        if seconds > _HOPELESS * ordinary_seconds:
+        structure, ordinary_seconds = self.evaluator.structure, self.best[1]
+        sequential = self.evaluator.fused("sequential", Plan.sequential(structure), self.images)
+        if self._try(sequential) > _HOPELESS * ordinary_seconds:
             return
         self._exact_way = self.best
         most = max(len(block.layers) for block in structure.blocks)
@@ -449,25 +255,29 @@ class _Choice:
     def _try_plan(self, solver: str, plan: Plan, *, tell: bool) -> None:
         """Take a plan, with as many iterations as it needs, if it is the fastest so far."""
         way = self.evaluator.fused(solver, plan, self.images)
-        seconds, is_accurate = self._until_accurate(way)
-        is_better = is_accurate and seconds < _CLEARLY * self.best[1]
+        seconds, objection = self._until_accurate(way)
+        is_better = not objection and seconds < _CLEARLY * self.best[1]
         if tell or is_better:
-            self._tell(way, seconds)
+            self._tell(way, seconds, objection)
         if is_better:
             way.instead = self._exact_way
             self.best = way, seconds
 
-    def _until_accurate(self, way: Fused) -> tuple[float, bool]:
-        """Add iterations until tolerance and logits hold, unless it takes longer than the best way before that."""
+    def _until_accurate(self, way: Fused) -> tuple[float, str]:
+        """Add iterations until tolerance and logits hold, unless it takes longer than the best way before that.
+
+        Returns:
+            Seconds, and what is to be said against the logits even so.
+        """
         while True:
             logits, relative = way.run(self.images)
-            seconds = seconds_of(way.run, self.images)
+            seconds = median_seconds(way.run, self.images)
             plan = way.grown(relative, self.images)
-            is_accurate = plan is None and self._is_accurate(logits)
-            if plan is None and not is_accurate:
+            objection = self._objection(logits) if plan is None else ""
+            if objection:
                 plan = way.with_more(True for _ in way.layers)
             if plan is None or seconds >= self.best[1]:
-                return seconds, is_accurate
+                return seconds, objection
             way.adopt(plan, self.images)
 
     def _try_plainly(self) -> None:
@@ -477,54 +287,50 @@ class _Choice:
         if self._measure(once, "one plain iteration") >= self.best[1]:
             return
         for solver in ("gs_jacobi", "jacobi"):
-            way = Plain(structure, DenseOptions(solver=solver, tolerance=options.tolerance, guess=options.guess))
-            seconds = self._measure(way)
-            if seconds < self.best[1] and self._is_accurate(way(self.images)[0]):
-                self.best = (way, seconds)
+            self._try(Plain(structure, DenseOptions(solver=solver, tolerance=options.tolerance, guess=options.guess)))
+
+    def _try(self, way: Way) -> float:
+        """Take a way as it is, if it is the fastest so far; its seconds."""
+        seconds = median_seconds(way, self.images)
+        is_faster = seconds < self.best[1]
+        objection = self._objection(way(self.images)[0]) if is_faster else ""
+        self._tell(way, seconds, objection)
+        if is_faster and not objection:
+            self.best = way, seconds
+        return seconds
 
     def _measure(self, way: Way, name: str = "") -> float:
-        seconds = seconds_of(way, self.images)
+        seconds = median_seconds(way, self.images)
         self._tell(name or way, seconds)
         return seconds
 
-    def _tell(self, what: object, seconds: float) -> None:
-        self.told.append(f"{what} {1000 * seconds:.3g} ms")
+    def _tell(self, what: object, seconds: float, objection: str = "") -> None:
+        self.told.append(f"{what} {1000 * seconds:.3g} ms{objection and f', refused: {objection}'}")
 
-    def _is_accurate(self, logits: Tensor) -> bool:
-        """Whether logits are within the tolerance of the ordinary ones, or nearly as near to float64's as these are."""
+    def _objection(self, logits: Tensor) -> str:
+        """What is to be said against logits: that they are too far from the ordinary ones, and from float64's.
+
+        What rounding does to one image, or to the worst of a few, is chance. Their root mean square over all logits of
+        the images is compared, which scatters the less, the more logits there are.
+        """
         if relative_error(logits, self.expected) <= self.evaluator.options.tolerance:
-            return True
-        if self._exact is None:
-            exact = in_float64(self.evaluator.structure, self.images[:_COMPARED])
-            self._exact = exact, relative_error(self.expected[:_COMPARED], exact)
-        exact, distance = self._exact
-        return relative_error(logits[:_COMPARED], exact) <= _LOSS * distance
+            return ""
+        error, ordinary_error = (rms_error(x[:_COMPARED], self._exact) for x in (logits, self.expected))
+        if error <= _LOSS * ordinary_error:
+            return ""
+        return (
+            f"its logits are {error:.2g} off float64's in root mean square, more than {_LOSS:g} times the ordinary "
+            f"forward's {ordinary_error:.2g}"
+        )
+
+    @functools.cached_property
+    def _exact(self) -> Tensor:
+        return in_float64(self.evaluator.structure, self.images[:_COMPARED])
 
 
 def shown(name: str) -> str:
     """A network's name for a message."""
     return f"'{name}'" if name else "The network"
-
-
-def kernels_run_on(device: torch.device) -> bool:
-    """Whether there are kernels for a device, and it is worth while to use them."""
-    return device.type == "cuda" and triton_runs_on(device)
-
-
-def runs_fused(options: DenseOptions) -> bool:
-    """Whether there are kernels for a solver: not for Jacobi-GS, nor for the network as a whole, nor for equality."""
-    return options.solver != "jacobi_gs" and options.scope == "block" and options.stop == "change"
-
-
-def first_plan(structure: Structure, options: DenseOptions) -> Plan:
-    """What a named solver begins with: two iterations, of which the second tells what still changes."""
-    from lit_parallel.dense.fused import Plan
-
-    if options.solver == "sequential":
-        return Plan.sequential(structure)
-    if options.solver == "jacobi":
-        return Plan.jacobi(structure, options.iterations or 2)
-    return Plan.gs_jacobi(structure, options.window or _WINDOW, options.iterations or 2)
 
 
 def in_float64(structure: Structure, images: Tensor) -> Tensor:
@@ -563,6 +369,21 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float(errors.amax()) if len(errors) else 0.0
 
 
+def rms_error(found: Tensor, exact: Tensor) -> float:
+    """Root mean square of the errors of all logits of all images, relative to that of the logits.
+
+    Images whose exact logits are not finite do not count.
+
+    Args:
+        found: ``[batch, classes]``.
+        exact: The same.
+    """
+    found, exact = found.double(), exact.double()
+    counts = exact.isfinite().all(dim=1)
+    error, size = (x[counts].square().sum().sqrt() for x in (found - exact, exact))
+    return float(error / size.clamp(min=1e-30))
+
+
 def agreement(found: Tensor, expected: Tensor, k: int) -> float:
     """Part of the images with the same k classes of the highest logits in the same order."""
     best, expected_best = (x.argsort(dim=1, descending=True, stable=True)[:, :k] for x in (found, expected))
@@ -571,20 +392,9 @@ def agreement(found: Tensor, expected: Tensor, k: int) -> float:
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What work gives, and the wall-clock seconds until the device has finished it."""
-    synchronize(device)
-    began = time.perf_counter()
-    result = work()
-    synchronize(device)
-    return result, time.perf_counter() - began
-
-
-def seconds_of(way: Callable[[Tensor], object], images: Tensor) -> float:
-    """Wall-clock time of an evaluation: the median of some, after one that does not count unless it took long."""
-    device = images.device
-    _, first = timed(lambda: way(images), device)
-    if device.type == "cpu" and first > _LONG:
-        return first
-    return statistics.median(timed(lambda: way(images), device)[1] for _ in range(_REPEATS if first < _LONG else 1))
+    results: list[T] = []
+    seconds = seconds_of(lambda: results.append(work()), device)
+    return results[0], seconds
 
 
 def _kind_of(images: Tensor, structure: Structure) -> Kind:

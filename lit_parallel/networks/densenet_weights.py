@@ -6,7 +6,6 @@ now ``denselayer1.norm1.weight`` they call ``denselayer1.norm.1.weight``.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_parallel.errors import UserError, did_you_mean, one_line
 from lit_parallel.networks.densenet import densenet121, densenet161, densenet169, densenet201
+from lit_parallel.weights_file import read, state_dict_of
 
 _BUILDERS = {build.__name__: build for build in (densenet121, densenet161, densenet169, densenet201)}
 
@@ -43,8 +43,8 @@ def load_published(network: nn.Module, weights: str | Path) -> None:
         network: A :class:`lit_parallel.networks.DenseNet`, or torchvision's. Its dtype, device and memory format stay.
         weights: ``"densenet121"``, ``"densenet161"``, ``"densenet169"`` or ``"densenet201"``: torchvision's weights for
             ImageNet, kept in torch.hub's cache; their hash is checked when they arrive. Or a file: a state dict, alone
-            or as ``state_dict`` of a checkpoint, its names today's or the older ones, with or without a prefix
-            (``module.`` of ``DataParallel``, ``network.`` of a LightningModule). It is read with
+            or as ``state_dict`` or ``model`` of a checkpoint, its names today's or the older ones, with or without a
+            prefix (``module.`` of ``DataParallel``, ``network.`` of a LightningModule). It is read with
             ``weights_only=True``: nothing in it is executed.
 
     Raises:
@@ -85,28 +85,18 @@ def _read(path: Path) -> Any:
             f"There is no file '{path}', nor are weights published under this name.{did_you_mean(str(path), PUBLISHED)}"
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"Cannot use the weights '{path}': the file holds more than tensors and plain values (save the model's "
-            "state_dict), or is no PyTorch file at all; nothing in it was executed."
-        ) from error
-    except Exception as error:  # on damaged bytes torch's reader raises almost anything
-        raise UserError(f"Cannot use the weights '{path}': they are damaged or incomplete; copy them again.") from error
+        return read(path)
+    except UserError as error:
+        raise UserError(f"Cannot use the weights '{path}'. {error}") from error
 
 
 def _with_todays_names(state: Any, source: str) -> dict[str, Tensor]:
     """The state dict without wrapper and prefix."""
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not (isinstance(state, Mapping) and all(isinstance(key, str) for key in state)):
-        raise UserError(
-            f"Cannot use the weights {source}: a state dict maps names to tensors, and this is of type "
-            f"{type(state).__name__}."
-        )
+    refusal = f"Cannot use the weights {source}"
+    state = state_dict_of(state, refusal)
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise UserError(f"Cannot use the weights {source}: '{key}' is not a tensor.")
+            raise UserError(f"{refusal}: '{key}' is not a tensor.")
     prefix = next((key.removesuffix(_FIRST) for key in state if key.endswith(_FIRST)), "")
     return {_OLDER_NAME.sub(r"\1\2", key.removeprefix(prefix)): value for key, value in state.items()}
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lit_parallel.errors import UserError
 from lit_parallel.networks.pixelcnnpp import PixelCNNpp
+from lit_parallel.weights_file import state_dict_of
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_REFUSAL = "Not the weights of a published PixelCNN++"
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
 _LENGTH_AND_DIRECTION = (
     (".weight_g", ".weight_v"),  # torch.nn.utils.weight_norm
@@ -49,7 +50,7 @@ def from_published(state: Mapping[str, Tensor]) -> PixelCNNpp:
     Raises:
         UserError: If these are not the weights of an unconditional PixelCNN++ as the port builds it.
     """
-    parameters = _without_weight_norm(_without_prefix(_unwrap(state)))
+    parameters = _without_weight_norm(_without_prefix(state_dict_of(state, _REFUSAL)))
     network = _network_for(parameters)
     with torch.no_grad():
         for name, layer in network.named_modules():
@@ -68,14 +69,6 @@ def from_published(state: Mapping[str, Tensor]) -> PixelCNNpp:
             f"filters={network.filters}, resnets={network.resnets}."
         )
     return network.eval()
-
-
-def _unwrap(state: Any) -> dict[str, Any]:
-    if isinstance(state, Mapping):
-        state = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
-    if not (isinstance(state, Mapping) and all(isinstance(key, str) for key in state)):
-        raise _refusal(f"a state dict maps names to tensors, and this is of type {type(state).__name__}.")
-    return dict(state)
 
 
 def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
@@ -190,4 +183,4 @@ def _missing(key: str, found: str = "") -> UserError:
 
 
 def _refusal(reason: str) -> UserError:
-    return UserError(f"Not the weights of a published PixelCNN++: {reason}")
+    return UserError(f"{_REFUSAL}: {reason}")

@@ -11,10 +11,11 @@ import torch
 from dense_helpers import TorchvisionLike, images, lived_in
 from torch import nn
 
-from lit_parallel.dense import DenseOptions, auto, evaluate_in_parallel, records
-from lit_parallel.dense.auto import Evaluator, Fused, Ordinary, agreement, in_float64, relative_error
+from lit_parallel.dense import DenseOptions, auto, evaluate_in_parallel, records, ways
+from lit_parallel.dense.auto import Evaluator, agreement, in_float64, relative_error, rms_error
 from lit_parallel.dense.fused import FusedEvaluation, Plan
 from lit_parallel.dense.structure import structure_of
+from lit_parallel.dense.ways import Fused, Ordinary
 from lit_parallel.errors import UserError
 from lit_parallel.networks.densenet import DenseNet
 
@@ -51,6 +52,12 @@ def runs(monkeypatch):
     return found
 
 
+def set_clock(monkeypatch, seconds_of):
+    """Let a function of a way and images say how long it takes."""
+    for module in (auto, ways):
+        monkeypatch.setattr(module, "median_seconds", seconds_of)
+
+
 def pretend(monkeypatch, seconds):
     """Let a way take as long as a function of its description says."""
     measured = []
@@ -60,7 +67,7 @@ def pretend(monkeypatch, seconds):
         measured.append(name)
         return seconds(name)
 
-    monkeypatch.setattr(auto, "seconds_of", seconds_of)
+    set_clock(monkeypatch, seconds_of)
     return measured
 
 
@@ -159,7 +166,7 @@ def test_every_block_gets_its_own_window(network, first, second, monkeypatch, ca
         windows = [1 if block.iterations is None else block.window for block in way.__self__.plan.blocks]
         return sum(1.0 if window == best else 1.5 for window, best in zip(windows, (first, second), strict=True))
 
-    monkeypatch.setattr(auto, "seconds_of", seconds_of)
+    set_clock(monkeypatch, seconds_of)
     evaluate, x = evaluator(network), some_images()
     with caplog.at_level(logging.INFO):
         logits, _ = evaluate(x)
@@ -181,9 +188,11 @@ def test_large_batches_go_the_ordinary_way_and_windows_are_not_tried(network, mo
 
 
 @pytest.mark.usefixtures("with_kernels")
-def test_what_is_hardly_faster_is_not_worth_it(network, monkeypatch):
+def test_what_is_hardly_faster_is_not_worth_it(network, monkeypatch, caplog):
     pretend(monkeypatch, lambda name: 1.0 if "ordinary" in name else 0.97)
-    assert evaluator(network)(some_images())[1].way == "ordinary"
+    with caplog.at_level(logging.INFO):
+        assert evaluator(network)(some_images())[1].way == "ordinary"
+    assert caplog.messages[0].endswith("; less than 1.05 times as fast is not worth it).")
 
 
 @pytest.mark.usefixtures("with_kernels")
@@ -191,17 +200,38 @@ def test_iterations_that_hold_the_tolerance_of_changes_but_not_of_logits(network
     pretend(monkeypatch, lambda name: 9.0 if "ordinary" in name else 1.0 if "fused jacobi" in name else 2.0)
     seen = []
 
-    def is_accurate(self, logits):
+    def objection(self, logits):
         seen.append(relative_error(logits, self.expected))
-        return seen[-1] < 1e-9
+        return "" if seen[-1] < 1e-9 else "too far off"
 
-    monkeypatch.setattr(auto._Choice, "_is_accurate", is_accurate)
+    monkeypatch.setattr(auto._Choice, "_objection", objection)
     x = some_images()
     logits, _ = evaluator(network)(x)
     assert relative_error(logits, logits_of(network, x)) < 1e-9
     assert max(seen) > 1e-9
-    monkeypatch.setattr(auto._Choice, "_is_accurate", lambda *_: False)
-    assert evaluator(network)(x)[1].way == "ordinary"
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_what_is_faster_but_refused_is_told_with_the_reason(network, monkeypatch, caplog):
+    pretend(monkeypatch, lambda name: 9.0 if "ordinary" in name else 1.0)
+    made_up = lambda self, images: (1.5 * logits_of(network, images), torch.zeros(2, len(images)))  # noqa: E731
+    monkeypatch.setattr(Fused, "run", made_up)
+    with caplog.at_level(logging.INFO):
+        assert evaluator(network.float())(some_images().float())[1].way == "ordinary"
+    (line,) = caplog.messages
+    off = "ms, refused: its logits are 0.5 off float64's in root mean square, more than 2 times the ordinary forward's "
+    assert f"; fused sequential 1e+03 {off}" in line
+    assert f"; fused jacobi, 18 + 6 iterations 1e+03 {off}" in line
+    assert line.count("refused") == 2 + len(auto.WINDOWS)
+
+
+@pytest.mark.parametrize("solver", ["gs_jacobi", "jacobi"])
+def test_a_plain_solver_is_refused_for_its_logits_too(network, solver, monkeypatch, caplog):
+    pretend(monkeypatch, lambda name: 9.0 if "ordinary" in name else 1.0 if solver in name else 8.0)
+    monkeypatch.setattr(auto._Choice, "_objection", lambda *_: "too far off")
+    with caplog.at_level(logging.INFO):
+        assert evaluator(network)(some_images())[1].way == "ordinary"
+    assert f"plain {solver} 1e+03 ms, refused: too far off" in caplog.text
 
 
 def choice(network, x):
@@ -209,23 +239,45 @@ def choice(network, x):
 
 
 @torch.no_grad()
-def test_logits_are_accurate_within_the_tolerance(network):
+def test_logits_within_the_tolerance_are_accepted(network):
     made = choice(network, some_images())
-    for error, verdict in ((1e-4, True), (0.9e-3, True), (1.2e-3, False), (0.1, False)):
-        assert made._is_accurate(made.expected * (1 + error)) is verdict
+    for error, accepted in ((1e-4, True), (0.9e-3, True), (1.2e-3, False), (0.1, False)):
+        assert (made._objection(made.expected * (1 + error)) == "") is accepted
 
 
 @torch.no_grad()
 def test_in_bfloat16_logits_are_measured_by_what_the_ordinary_forward_loses(network):
-    exact = logits_of(network, some_images().bfloat16().double())
     network = network.bfloat16()
     exact = logits_of(copy.deepcopy(network).double(), some_images().bfloat16().double())
     made = choice(network, some_images().bfloat16())
-    lost = relative_error(made.expected, exact)
+    lost = rms_error(made.expected, exact)
     assert 1e-3 < lost < 0.2
-    size = exact.abs().amax(1, keepdim=True)
-    for factor, verdict in ((0.0, True), (1.5, True), (1.95, True), (2.5, False)):
-        assert made._is_accurate(exact + factor * lost * size) is verdict
+    for factor, accepted in ((0.0, True), (1.5, True), (1.95, True), (2.05, False), (float("nan"), False)):
+        assert (made._objection(exact * (1 + factor * lost)) == "") is accepted
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_few_images_of_many_classes_suffice_to_tell_noise_from_error(network, batch):
+    """Noise of the ordinary forward's size is accepted, three times as much is not, whatever chance makes of them."""
+    assert acceptance(network, batch, classes=100, size=1) == 1
+    assert acceptance(network, batch, classes=100, size=3) == 0
+
+
+@pytest.mark.parametrize(("batch", "least", "most"), [(1, 0.95, 0.2), (2, 0.98, 0.1), (4, 1.0, 0.03), (16, 1.0, 0.0)])
+def test_of_ten_classes_it_takes_some_images(network, batch, least, most):
+    """Ten logits alone leave more to chance: ``F(10, 10)`` exceeds 4 in 2 % of cases, and 9 / 4 in 11 %."""
+    assert acceptance(network, batch, classes=10, size=1) >= least
+    assert acceptance(network, batch, classes=10, size=3) <= most
+
+
+def acceptance(network, batch, classes, size, trials=300):
+    """Part of the made-up logits that are accepted, whose noise is so many times the ordinary forward's."""
+    made, generator, accepted = choice(network, some_images(batch)), torch.Generator().manual_seed(6), 0
+    for _ in range(trials):
+        exact, ordinary, other = torch.randn(3, batch, classes, dtype=torch.float64, generator=generator)
+        made._exact, made.expected = exact, exact + 0.01 * ordinary
+        accepted += made._objection(exact + 0.01 * size * other) == ""
+    return accepted / trials
 
 
 @torch.no_grad()
@@ -248,6 +300,8 @@ def test_errors_and_agreement():
     assert relative_error(found, exact) == pytest.approx(0.5)
     assert relative_error(found[:1], exact[:1]) == pytest.approx(0.1)
     assert relative_error(found[2:], exact[2:]) == 0
+    assert rms_error(found, exact) == pytest.approx((0.16 + 0.01 + 2.25) ** 0.5 / 35**0.5)
+    assert rms_error(found[2:], exact[2:]) == 0
     assert agreement(found[:2], exact[:2], 1) == 0.5
     assert agreement(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[3.0, 1.0, 2.0, 0.0]]), 1) == 1
     assert agreement(torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[3.0, 1.0, 2.0, 0.0]]), 3) == 0
