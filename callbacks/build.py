@@ -53,6 +53,7 @@ def build_training_callbacks(config: TrainConfig, folder: Path, model: Trainable
     is_sampled = isinstance(model, AutoregressiveModule)
     if not is_sampled:
         _refuse_sampling_options(config)
+    _refuse_options_of_disabled(config, "jacobi_backprop")
     if is_sampled and options.sample_grid.enabled:
         callbacks.append(
             SampleGrid(
@@ -91,6 +92,7 @@ def build_testing_callbacks(config: TrainConfig, model: TrainableModule) -> list
 
 
 def _jacobi_evaluation(config: TrainConfig, model: TrainableModule) -> list[pl.Callback]:
+    _refuse_options_of_disabled(config, "jacobi_evaluation")
     if not config.callbacks.jacobi_evaluation.enabled:
         return []
     jacobi_evaluation = JacobiEvaluation(config.callbacks.jacobi_evaluation)
@@ -109,13 +111,27 @@ def _refuse_sampling_options(config: TrainConfig) -> None:
     if config.callbacks.sample_grid.enabled:
         groups["callbacks.sample_grid"] = config.callbacks.sample_grid
     for key, options in groups.items():
-        default = type(options)()
-        for name in fields_of(options):
-            if getattr(options, name) != getattr(default, name):
-                raise UserError(
-                    f"Option '{join_key(key, name)}' says how samples are drawn, and a model with {kind} draws none: "
-                    "leave it out."
-                )
+        if (name := _changed(options)) is not None:
+            raise UserError(
+                f"Option '{join_key(key, name)}' says how samples are drawn, and a model with {kind} draws none: "
+                "leave it out."
+            )
+
+
+def _refuse_options_of_disabled(config: TrainConfig, callback: str) -> None:
+    """Raise a `UserError` about the first option that says how a callback works which is not enabled."""
+    options, key = getattr(config.callbacks, callback), join_key("callbacks", callback)
+    if not options.enabled and (name := _changed(options)) is not None:
+        raise UserError(
+            f"Option '{join_key(key, name)}' is without effect while '{key}' is not enabled: set {key}.enabled=true, "
+            "or leave it out."
+        )
+
+
+def _changed(options: Any) -> str | None:
+    """The first option that is not at its default, if there is one."""
+    default = type(options)()
+    return next((name for name in fields_of(options) if getattr(options, name) != getattr(default, name)), None)
 
 
 def _moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:

@@ -40,7 +40,11 @@ class JacobiEvaluation(pl.Callback):
     - ``<network>.<block>/iterations_mean``, ``iterations_max`` and ``work``, layers evaluated relative to ordinary
       evaluation;
     - in Weights & Biases ``solver/residual/<part>/<network>.<block>`` against ``solver/iteration``: the largest
-      relative change of the features in each parallel iteration, in the last epoch of a run.
+      relative change of the features in each parallel iteration, in the last epoch of a run; of up to 8 images where
+      kernels did the work, which keep no curve.
+
+    With several processes (DDP), these are numbers of the first process's part of the data alone; metrics that the
+    module logs are synchronised as always.
 
     Args:
         options: How a network is evaluated.

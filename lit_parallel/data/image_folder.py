@@ -83,7 +83,7 @@ class ImageFolderData(SplitData):
 
     Every loader yields ``(images, labels)``: uint8 ``[batch, 3, crop, crop]`` and int64 ``[batch]``. The labels count
     the class folders in the order of their names. ``val`` holds the test images; those to validate with are held out
-    from ``train``. A test alone needs no ``train``.
+    from ``train``. A test alone needs no ``train``, or an empty one.
 
     Evaluation is as published: the shorter side to ``resize`` pixels (bilinear, antialiased), then the centre.
     Training cuts out a random part of random shape, resizes it and mirrors every second one (Szegedy et al., 2014,
@@ -118,10 +118,11 @@ class ImageFolderData(SplitData):
 
     @property
     def classes(self) -> list[str]:
-        """The names of the class folders, sorted; those of ``train``, if there is one."""
+        """The names of the class folders, sorted; those of ``train``, if it has any."""
         if not self._classes:
             training = self._folder(TRAINING, needed=False)
-            self._classes = _class_names(training if training.is_dir() else self._folder(TEST))
+            found = _class_folders(training) if training.is_dir() else []
+            self._classes = found or _class_names(self._folder(TEST))
         return self._classes
 
     def setup(self, stage: str | None = None) -> None:
@@ -238,8 +239,12 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _class_names(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = _class_folders(folder)
     if not names:
         hint = " but images without classes" if any(map(_is_image, os.listdir(folder))) else ""
         raise UserError(f"'{folder}' holds no class folders{hint}: sort the images into one folder per class.")

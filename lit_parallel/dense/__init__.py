@@ -15,16 +15,17 @@ from lit_parallel.dense.options import DenseOptions
 
 if TYPE_CHECKING:
     from lit_parallel.dense.evaluation import EvaluationRecord
-    from lit_parallel.dense.swap import evaluate_in_parallel, records, restore
+    from lit_parallel.dense.swap import evaluate_in_parallel, records, refresh, restore
 
 _HOMES = {
     "EvaluationRecord": "lit_parallel.dense.evaluation",
     "evaluate_in_parallel": "lit_parallel.dense.swap",
     "records": "lit_parallel.dense.swap",
+    "refresh": "lit_parallel.dense.swap",
     "restore": "lit_parallel.dense.swap",
 }
 
-__all__ = ["DenseOptions", "EvaluationRecord", "evaluate_in_parallel", "records", "restore"]
+__all__ = ["DenseOptions", "EvaluationRecord", "evaluate_in_parallel", "records", "refresh", "restore"]
 
 
 def __getattr__(name: str) -> Any:

@@ -67,6 +67,8 @@ def check_dense_options(options: DenseOptions) -> None:
         raise UserError(f"window belongs to solver=gs_jacobi, not {solver}: leave it out.")
     if options.stop == "top_k" and options.scope != "network":
         raise UserError("stop=top_k looks at the logits in every iteration and so needs scope=network.")
+    if options.stop == "top_k" and solver == "sequential":
+        raise UserError("stop=top_k belongs to a solver that iterates, not to solver=sequential: leave it out.")
     if solver == "auto" and (options.scope != "block" or options.stop != "change"):
         raise UserError(
             "solver=auto chooses among solvers with scope=block and stop=change: name a solver for anything else."

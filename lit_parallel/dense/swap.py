@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +26,9 @@ def evaluate_in_parallel(module: nn.Module, options: DenseOptions | None = None,
     DenseNets are found at any depth, the module itself included, by torchvision's attribute names. Parameters, their
     names, checkpoints and hooks of the network stay as they are; hooks of modules within it are not called where
     kernels do their work. In training mode, and where gradients are recorded, a network goes the ordinary way.
+
+    Changed weights are noticed at the next call, but for what leaves no trace in PyTorch: writing through ``.data``
+    (``parameter.data.mul_(2)``), or into weights made in inference mode. Call :func:`refresh` after that.
 
     Args:
         module: Changed in place.
@@ -66,6 +71,13 @@ def restore(module: nn.Module) -> None:
             del part.forward
 
 
+def refresh(module: nn.Module) -> None:
+    """Read the weights of a module's DenseNets anew, after a change without trace, such as through ``.data``."""
+    for part in module.modules():
+        if _is_parallel(part):
+            part.__dict__["forward"].refresh()
+
+
 def records(module: nn.Module) -> dict[str, EvaluationRecord]:
     """What the newest evaluations took, by the names of the networks."""
     found = {forward.name: forward.record for forward in parallel_forwards(module).values()}
@@ -98,8 +110,8 @@ class ParallelForward:
     def _begin(self) -> None:
         self.record: EvaluationRecord | None = None
         self._evaluator: Evaluator | None = None
+        self._parts: _Parts | None = None
         self._weights: tuple[Any, ...] | None = None  # as they were when the evaluator last saw them
-        self._trains_within = False
         self._calls = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,32 +125,45 @@ class ParallelForward:
     @torch.compiler.disable
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """The network's own forward: same arguments, same results."""
-        if self._goes_the_ordinary_way(arguments, named):
-            self._weights = None  # they may be in training: what was made of them is to be made anew
+        if self._goes_the_ordinary_way(arguments, named) or self._trains_within():
+            self.refresh()  # they may be in training: what was made of them is to be made anew
             return self._ordinary(*arguments, **named)
         (images,) = arguments
         evaluator = self._evaluator
         if evaluator is None:
             evaluator = self._evaluator = Evaluator(self.network, self.name, self.options, self._ordinary)
-        weights = _outline(self.network)
-        if weights != self._weights:
+        assert self._parts is not None
+        if self._weights is None:
             evaluator.refresh()
-            self._weights = weights
-            self._trains_within = any(part.training for part in self.network.modules())
-        if self._trains_within:  # such as a batch norm that takes the batch's own statistics
-            return self._ordinary(*arguments, **named)
+            self._weights = self._parts.outline()
         every = self.options.probe_every
         probed = every > 0 and self._calls % every == 0
         self._calls += 1
-        logits, self.record = evaluator.probe(images) if probed else evaluator(images)
+        evaluate = evaluator.probe if probed else evaluator
+        logits, self.record = evaluate(images)
+        weights = self._parts.outline()  # only now: a device works meanwhile
+        if weights != self._weights:
+            evaluator.refresh()
+            self._weights = weights
+            logits, self.record = evaluate(images)
         return logits
+
+    def refresh(self) -> None:
+        """Read the weights anew at the next call."""
+        self._weights = None
 
     def learn_from(self, other: ParallelForward | None) -> None:
         """Take over what another one has learnt, if it has stood in for the same network with the same options."""
         if other is None or other._evaluator is None or other.network is not self.network:
             return
         if other.options == self.options and other._evaluator.structure == structure_of(self.network):
-            self._evaluator = other._evaluator
+            self._evaluator, self._parts = other._evaluator, other._parts
+
+    def _trains_within(self) -> bool:
+        """Whether a part is in training mode, such as a batch norm that takes the batch's own statistics."""
+        if self._parts is None or not self._parts.complete():
+            self._parts, self._evaluator, self._weights = _Parts(self.network), None, None
+        return self._parts.training()
 
     def _ordinary(self, *arguments: Any, **named: Any) -> Any:
         return type(self.network).forward(self.network, *arguments, **named)
@@ -185,11 +210,40 @@ def _is_parallel(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), ParallelForward)
 
 
-def _outline(network: nn.Module) -> tuple[Any, ...]:
-    """Changes when a training step, a checkpoint or a move has changed the weights.
+class _Parts:
+    """A network's modules and tensors, listed once: then a look at all of them is a matter of microseconds.
 
-    Only the first and the last ones are looked at, which takes microseconds: a change of others alone goes unseen.
+    What is kept are the containers, since a move puts other tensors into them.
     """
-    last: Any = network.get_submodule("features.norm5")
-    watched = (next(network.parameters()), last.running_mean, *network.get_submodule("classifier").parameters())
-    return tuple((x.data_ptr(), x.dtype, 0 if x.is_inference() else x._version) for x in watched)
+
+    def __init__(self, network: nn.Module) -> None:
+        self._modules = list(network.modules())
+        self._children = [part._modules for part in self._modules if part._modules]
+        self._known = list(_values_of(self._children))
+        both = ((part._parameters, part._buffers) for part in self._modules)
+        self._tensors = [tensors for tensors in itertools.chain.from_iterable(both) if tensors]
+
+    def complete(self) -> bool:
+        """Whether these are still all modules."""
+        return list(_values_of(self._children)) == self._known
+
+    def training(self) -> bool:
+        """Whether any of them is in training mode."""
+        return any(map(_TRAINING, self._modules))
+
+    def outline(self) -> tuple[Any, ...]:
+        """Changes when a training step, a checkpoint, a move or an operation in place has changed a tensor."""
+        tensors = [x for x in _values_of(self._tensors) if x is not None]
+        try:
+            versions = list(map(_VERSION, tensors))
+        except RuntimeError:  # some are made in inference mode, and have none
+            versions = [0 if x.is_inference() else x._version for x in tensors]
+        return versions, list(map(_ADDRESS, tensors))
+
+
+_TRAINING, _VERSION = operator.attrgetter("training"), operator.attrgetter("_version")
+_ADDRESS = Tensor.data_ptr
+
+
+def _values_of(containers: list[Any]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(container.values() for container in containers)

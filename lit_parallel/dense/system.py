@@ -118,7 +118,7 @@ class NetworkIterate:
         blocks: For each dense block ``[batch, layers, growth, height, width]``; the sizes differ from block to block.
         evaluated: ``[batch, length]`` layers that have been evaluated at least once.
         top: ``[batch, top_k]`` classes with the highest logits, in order; ``None`` before the first iteration.
-        unchanged: ``[batch]`` for how many iterations they have been the same.
+        unchanged: ``[batch]`` for how many iterations they have been the same since all layers were evaluated.
     """
 
     blocks: list[Tensor]
@@ -135,8 +135,8 @@ class DenseNetSystem(LayerSystem):
         images: ``[batch, channels, height, width]``.
         guess: Features before the first iteration: ``"mean"``, as batch norm knows them, or ``"zero"``.
         top_k: Look at the logits in every iteration: a sample is settled when its classes with the ``top_k`` highest
-            logits have kept their order, once all layers have been evaluated.
-        patience: For so many iterations in a row.
+            logits have kept their order.
+        patience: For so many iterations in a row, counted once all layers have been evaluated.
     """
 
     def __init__(
@@ -227,6 +227,8 @@ class DenseNetSystem(LayerSystem):
         return inputs
 
     def _settled(self, state: NetworkIterate, equations: Tensor | None) -> Tensor:
+        # Classes keep their order, too, while a solver has not yet come to the layers that would change it.
+        known = state.evaluated.all(1)
         if equations is None:
             state.evaluated.fill_(True)
         else:
@@ -235,10 +237,8 @@ class DenseNetSystem(LayerSystem):
         top = logits.argsort(dim=1, descending=True, stable=True)[:, : self.top_k]
         same = torch.zeros_like(state.evaluated[:, 0]) if state.top is None else (top == state.top).all(1)
         state.top = top
-        state.unchanged = torch.where(same, state.unchanged + 1, 0)
-        # Classes keep their order, too, while a solver has not yet come to the layers that would change it.
-        known = state.evaluated.all(1) & logits.isfinite().all(1)
-        return known & (state.unchanged >= self.patience)
+        state.unchanged = torch.where(known & same, state.unchanged + 1, 0)
+        return logits.isfinite().all(1) & (state.unchanged >= self.patience)
 
 
 def _guess(layers: Sequence[nn.Module], input: Tensor, mean: Tensor | None) -> Tensor:

@@ -16,6 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import JacobiEvaluation
+from callbacks.build import build_testing_callbacks, build_training_callbacks
+from lit_parallel.checkpoint import build_model
 from lit_parallel.config import TrainConfig, load_config
 from lit_parallel.dense import DenseOptions, auto, evaluate_in_parallel, records, restore
 from lit_parallel.errors import UserError
@@ -444,4 +446,25 @@ def test_the_command_refuses_it_on_a_made_before_a_run_folder_exists(tmp_path):
     with pytest.raises(UserError, match=r"MadeModule has none: leave it out") as caught:
         train(config_of("made_mnist5k", SWITCHED_ON[0], f"runs_folder={tmp_path}", "wandb.mode=disabled"))
     assert "\n" not in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("build", [build_training_callbacks, build_testing_callbacks])
+def test_options_without_the_switch_are_refused(tmp_path, build):
+    options = ["callbacks.jacobi_evaluation.solver=jacobi", f"runs_folder={tmp_path}", "wandb.mode=disabled"]
+    config = config_of("densenet_mnist5k", *TINY, *options)
+    model = build_model(config, (1, 7, 7))
+    arguments = (config, tmp_path, model) if build is build_training_callbacks else (config, model)
+    with pytest.raises(UserError) as caught:
+        build(*arguments)
+    assert str(caught.value) == (
+        "Option 'callbacks.jacobi_evaluation.solver' is without effect while 'callbacks.jacobi_evaluation' is not "
+        "enabled: set callbacks.jacobi_evaluation.enabled=true, or leave it out."
+    )
+
+
+def test_so_are_those_of_parallel_backpropagation(tmp_path):
+    config = config_of("rnn_mnist5k", "callbacks.jacobi_backprop.iterations=30", f"runs_folder={tmp_path}")
+    with pytest.raises(UserError, match=r"'callbacks.jacobi_backprop.iterations' is without effect while"):
+        train(config)
     assert not any(tmp_path.iterdir())

@@ -202,14 +202,17 @@ def test_a_broken_image_is_named_in_one_line(folder, workers, content):
     assert message.startswith(f"Cannot read the image '{path}' (")
 
 
-def test_a_test_needs_no_training_images(folder):
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_test_needs_no_training_images(folder, empty):
     for path in sorted((folder / "train").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    (folder / "train").rmdir()
+    if not empty:
+        (folder / "train").rmdir()
     data = data_of(folder)
     data.setup("test")
-    assert data.num_classes == 3
-    assert f"There is no folder '{folder / 'train'}'" in refusal(lambda: data.setup("fit"))
+    assert (data.num_classes, len(data.samples("test"))) == (3, 6)
+    expected = f"'{folder / 'train'}' holds no class folders" if empty else f"There is no folder '{folder / 'train'}'"
+    assert expected in refusal(lambda: data.setup("fit"))
 
 
 def test_a_missing_folder():

@@ -10,7 +10,7 @@ import torch
 from dense_helpers import NETWORKS, TorchvisionLike, images, lived_in, side_of
 from torch import nn
 
-from lit_parallel.dense import DenseOptions, evaluate_in_parallel, records, restore
+from lit_parallel.dense import DenseOptions, auto, evaluate_in_parallel, records, refresh, restore
 from lit_parallel.errors import UserError
 from lit_parallel.networks.densenet import DenseNet
 
@@ -163,6 +163,38 @@ def test_a_network_of_which_a_part_trains_is_not_parallel():
     assert records(network) == {}
 
 
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """What kernels compute, which keep copies of the weights."""
+    monkeypatch.setattr(auto, "kernels_run_on", lambda device: True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"solver": "jacobi", "stop": "exact"}, {"solver": "sequential"}])
+def test_a_part_that_trains_later_is_noticed(options, on_kernels):
+    """Once, and not per iteration, it takes the statistics of its batch; and what it has changed is seen."""
+    network = small()
+    other = copy.deepcopy(network)
+    evaluate_in_parallel(network, probe_every=0, **options)
+    for mode in (False, True, False):
+        network.features.denseblock1.denselayer2.norm1.train(mode)
+        other.features.denseblock1.denselayer2.norm1.train(mode)
+        assert torch.allclose(network(small_images()), other(small_images()), rtol=1e-9)
+    for (name, buffer), expected in zip(network.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(buffer, expected), name
+
+
+@torch.no_grad()
+def test_dropout_that_is_switched_on_later_drops(on_kernels):
+    network = small()
+    layer = network.features.denseblock2.denselayer1
+    layer.drop_rate = 0.9
+    evaluate_in_parallel(network, solver="sequential", probe_every=0)
+    before = network(small_images())
+    layer.train()
+    assert not torch.allclose(network(small_images()), before, rtol=1e-3)
+
+
 @torch.no_grad()
 def test_a_network_that_trains_again_takes_the_statistics_of_its_batch():
     network = small()
@@ -199,6 +231,98 @@ def test_one_image_and_none_and_named_arguments():
         assert torch.equal(network(small_images(1)), expected)
         assert torch.equal(network(images=small_images(1)), expected)
         assert network(small_images()[:0]).shape == (0, 6)
+
+
+# -- weights that change ----------------------------------------------------------------------------------------------
+
+
+def _a_weight(network):
+    network.features.denseblock1.denselayer3.conv2.weight.mul_(1.5)
+
+
+def _statistics(network):  # as a calibration of batch norm does
+    network.features.norm5.running_mean.add_(0.5)
+
+
+def _a_layers_statistics(network):
+    network.features.denseblock2.denselayer2.norm1.running_var.mul_(2)
+
+
+def _new_tensors(network):
+    norm = network.features.denseblock1.denselayer2.norm2
+    norm.weight = nn.Parameter(norm.weight * 2)
+    norm.running_mean = norm.running_mean + 1
+
+
+def _data(network):
+    weight = network.features.transition1.conv.weight
+    weight.data = weight.data * 2
+
+
+def _a_checkpoint(network):
+    network.load_state_dict(small(seed=5).state_dict())
+
+
+def _assigned(network):
+    network.load_state_dict(small(seed=5).state_dict(), assign=True)
+
+
+def _through_data(network):
+    network.features.denseblock1.denselayer3.conv1.weight.data.mul_(2)
+    other = small()
+    evaluate_in_parallel(other)
+    refresh(nn.ModuleList([network, other]))  # both go by the same name
+
+
+CHANGES = [
+    *(_a_weight, _statistics, _a_layers_statistics, _new_tensors, _data, _a_checkpoint, _assigned, _through_data),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_changed_weights_are_noticed(change, on_kernels):
+    network = small()
+    evaluate_in_parallel(network, solver="sequential", probe_every=0)
+    before = network(small_images())
+    assert records(network)[""].way == "fused"
+    change(network)
+    expected = type(network).forward(network, small_images())
+    assert not torch.allclose(expected, before, rtol=1e-3)
+    assert torch.allclose(network(small_images()), expected, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_a_part_that_is_exchanged_is_noticed(on_kernels):
+    network = small()
+    evaluate_in_parallel(network, solver="sequential", probe_every=0)
+    network(small_images())
+    layers, others = (each.features.denseblock1 for each in (network, small(seed=5)))
+    layers.denselayer2 = others.denselayer2
+    assert torch.allclose(network(small_images()), type(network).forward(network, small_images()), rtol=1e-9)
+    network.classifier = nn.Linear(network.classifier.in_features, 4).double()
+    assert torch.allclose(network(small_images()), type(network).forward(network, small_images()), rtol=1e-9)
+
+
+@torch.no_grad()
+def test_weights_that_stay_are_read_once(on_kernels, monkeypatch):
+    read = []
+    again = auto.Evaluator.refresh
+    monkeypatch.setattr(auto.Evaluator, "refresh", lambda self: read.append(self) or again(self))
+    network = small()
+    evaluate_in_parallel(network, solver="sequential", probe_every=0)
+    for _ in range(3):
+        network(small_images())
+    assert len(read) == 1
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        network = small()
+        expected = network(small_images())
+    evaluate_in_parallel(network, EXACT)
+    with torch.inference_mode():
+        assert torch.equal(network(small_images()), expected)
 
 
 # -- the module stays what it was -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def test_what_fits_together_is_accepted(options):
         ({"solver": "jacobi", "block_size": 2}, "block_size belongs to solver=jacobi_gs, not jacobi"),
         ({"window": 2}, "window belongs to solver=gs_jacobi, not auto"),
         ({"solver": "jacobi", "stop": "top_k"}, "needs scope=network"),
+        ({"solver": "sequential", "scope": "network", "stop": "top_k"}, "stop=top_k belongs to a solver that iterates"),
         ({"scope": "network"}, "name a solver"),
         ({"stop": "exact"}, "name a solver"),
         ({"iterations": 2}, "iterations belongs to a solver that iterates, not to solver=auto"),

@@ -201,10 +201,11 @@ def test_the_highest_logits_are_stable_when_their_order_is_for_so_many_iteration
 
 
 def test_nothing_is_stable_before_all_layers_have_been_evaluated():
-    steps = [torch.tensor([0, 2]), torch.tensor([0, 2]), torch.tensor([0, 2]), torch.tensor([1, 3]), None]
-    assert settled([ROWS[0]] * 5, equations=steps) == [[False, False, False, True, True]] * 2
-    per_sample = [torch.tensor([[0, 1], [2, 3]])] * 3 + [torch.tensor([[2, 3], [2, 3]])]
-    assert settled([ROWS[0]] * 4, equations=per_sample) == [[False, False, False, True], [False] * 4]
+    some, others = torch.tensor([0, 2]), torch.tensor([1, 3])
+    found = settled([ROWS[0]] * 7, equations=[some, some, some, others, some, others, None])
+    assert found == [[False] * 5 + [True] * 2] * 2  # patience is counted from the fourth on
+    per_sample = [torch.tensor([[0, 1], [2, 3]])] * 3 + [torch.tensor([[2, 3], [2, 3]])] * 3
+    assert settled([ROWS[0]] * 6, equations=per_sample) == [[False] * 5 + [True], [False] * 6]
 
 
 def test_an_iterate_too_narrow_for_its_values_is_refused():
