@@ -32,6 +32,7 @@ from lit_parallel.dense.ways import (
 )
 from lit_parallel.errors import UserError, first_line
 from lit_parallel.recurrent.stopwatch import seconds_of
+from lit_parallel.tf32 import convolutions_may_use_tf32
 
 if TYPE_CHECKING:
     from lit_parallel.dense.fused import FusedWeights, Plan
@@ -45,7 +46,6 @@ _WORTH_IT = 1.05  # times faster than the ordinary forward, or auto takes that
 _CLEARLY = 0.98  # part of the best time so far that another plan may take: less would be noise
 _HOPELESS = 1.5  # times as slow as the ordinary forward: Jacobi iterations, which are more work, are not even tried
 _LOSS = 2.0  # times the ordinary forward's own distance from float64's logits, that others may have
-_OWN_FORWARD = 0.05  # relative difference of the logits that rounding does not explain
 _COMPARED = 16  # images whose logits auto compares with float64's
 _CURVE_OF = 8  # images whose changes are followed through all iterations
 _MOST_KINDS = 8  # of batches that are remembered: a captured graph keeps its memory
@@ -73,15 +73,18 @@ class Evaluator:
         self.structure = structure_of(network)
         self.name, self.options, self.ordinary = name, options, Ordinary(ordinary)
         self._ways: dict[Kind, Way] = {}
-        self._weights: dict[tuple[torch.dtype, torch.device], FusedWeights] = {}
+        self._weights: dict[tuple[torch.dtype, torch.device, str], FusedWeights] = {}
         self._newest: Kind | None = None
         self._probed: set[Kind] = set()
         self._is_usual: bool | None = None  # not known yet
+        self._fits_kernels: bool | None = None
         self._draws_curve = True
 
     def refresh(self) -> None:
         """To be called after weights have changed."""
         self._draws_curve = True
+        for weights in self._weights.values():
+            weights.refresh()
         for way in self._ways.values():
             way.refresh()
 
@@ -122,6 +125,8 @@ class Evaluator:
             way = self._larger(kind)
         if way is None:
             way = self._choose(images)
+            if self._is_usual is None:
+                return way
             if len(self._ways) >= _MOST_KINDS:
                 self._ways.pop(next(iter(self._ways)))
             self._ways[kind] = way
@@ -135,12 +140,16 @@ class Evaluator:
         return None
 
     def _choose(self, images: Tensor) -> Way:
+        finite = images[images.isfinite().flatten(1).all(1)]
         if self._is_usual is None:
-            self._is_usual = self._computes_the_usual(images[:1])
+            self._is_usual = self._computes_the_usual(finite[:2])  # of two, it may look at both at once
         if not self._is_usual:
             return self.ordinary
         options = self.options
         fusible = options.fused and runs_fused(options) and kernels_run_on(images.device)
+        if fusible and self._fits_kernels is None:
+            self._fits_kernels = self._kernels_compute_it(finite[:1])
+        fusible = fusible and bool(self._fits_kernels)
         if options.solver == "auto":
             return _Choice(self, images).fastest(fusible)
         if fusible:
@@ -153,20 +162,57 @@ class Evaluator:
     def fused(self, solver: str, plan: Plan, images: Tensor) -> Fused:
         """The kernels' way by a plan."""
         from lit_parallel.dense.fused import FusedWeights, compute_type
+        from lit_parallel.kernels.dense_block import product_of
 
-        key = compute_type(self.structure, images.device), images.device
+        dtype = compute_type(self.structure, images.device)
+        product = product_of(dtype, images.device)
+        key = dtype, images.device, product
         if key not in self._weights:
-            with torch.autocast(images.device.type, enabled=False):
-                self._weights[key] = FusedWeights(self.structure, key[0])
+            self._weights[key] = FusedWeights(self.structure, dtype, product)
         return Fused(self.structure, solver, plan, images, self.options, self._weights[key])
 
-    def _computes_the_usual(self, images: Tensor) -> bool:
-        """Whether the network's forward is the usual one: a user's class may end in something else."""
-        expected, found = self.ordinary(images)[0], self.structure.ordinary(images)
-        same_shape = isinstance(expected, Tensor) and expected.shape == found.shape
-        if same_shape and relative_error(found, expected) <= _OWN_FORWARD:
+    def _computes_the_usual(self, images: Tensor) -> bool | None:
+        """Whether the network's forward is the usual one: a user's class may end in something else.
+
+        Returns:
+            ``None`` where there is no image with finite logits, which alone can tell.
+        """
+        if len(images) == 0:
+            return None
+        found, usual = self.ordinary(images)[0], self.structure.ordinary(images)
+        finite = usual.isfinite().all(1)
+        if not bool(finite.any()):
+            return None
+        same_shape = isinstance(found, Tensor) and found.shape == usual.shape
+        if same_shape and relative_error(found[finite], usual[finite]) <= max(_rounding_of(found), _rounding_of(usual)):
             return True
         logger.warning(f"{shown(self.name)} has a forward that is not the usual DenseNet's, and is evaluated by it.")
+        return False
+
+    def _kernels_compute_it(self, images: Tensor) -> bool | None:
+        """Whether the kernels' steps are what the network's own layers do, which may be a user's: in float64.
+
+        Returns:
+            ``None`` where there is no finite image.
+        """
+        from lit_parallel.dense.fused import FusedEvaluation, Plan
+
+        def by_kernels(images: Tensor) -> Tensor:
+            return FusedEvaluation(self.structure, Plan.sequential(self.structure), images).run(images)[0]
+
+        if len(images) == 0:
+            return None
+        try:
+            expected = in_float64(self.structure, images)
+            error = relative_error(in_float64(self.structure, images, by_kernels), expected)
+            if error <= _rounding_of(expected):
+                return True
+            reason = (
+                f"their logits are {error:.2g} off its own, as a part of it is not the usual one (fused=false: untried)"
+            )
+        except (RuntimeError, UserError) as error:  # a part may be for one type only
+            reason = first_line(error)
+        logger.warning(f"{shown(self.name)} is evaluated without kernels: {reason}.")
         return False
 
     def _with_curve(self, record: EvaluationRecord, way: Way, images: Tensor) -> EvaluationRecord:
@@ -174,7 +220,7 @@ class Evaluator:
         way = way.way if isinstance(way, Padded) else way
         if not isinstance(way, Fused) or way.solver == "sequential":
             return record
-        window = max(block.window for block in way.plan.blocks if block.iterations is not None)
+        window = max((block.window for block in way.plan.blocks if block.iterations is not None), default=1)
         options = DenseOptions(
             solver="gs_jacobi", window=window, tolerance=self.options.tolerance, guess=self.options.guess
         )
@@ -333,25 +379,40 @@ def shown(name: str) -> str:
     return f"'{name}'" if name else "The network"
 
 
-def in_float64(structure: Structure, images: Tensor) -> Tensor:
-    """Logits of the ordinary evaluation in float64, ``[batch, classes]``; float32 where a device has none."""
+def in_float64(structure: Structure, images: Tensor, evaluate: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Logits in float64, ``[batch, classes]``; float32 where a device has none.
+
+    Args:
+        structure: The network.
+        images: ``[batch, channels, height, width]``.
+        evaluate: Another evaluation than the ordinary one, which reads the network's weights when it is called.
+    """
     dtype = torch.float64 if images.device.type in ("cpu", "cuda") else torch.float32
     network = structure.network
     tensors = {f"network.{name}": x for name, x in (*network.named_parameters(), *network.named_buffers())}
     wide = {name: x.to(dtype) for name, x in tensors.items() if x.is_floating_point()}
     with torch.autocast(images.device.type, enabled=False):
-        return functional_call(_Usual(structure), wide, (images.to(dtype),))
+        return functional_call(_Evaluated(structure.network, evaluate or structure.ordinary), wide, (images.to(dtype),))
 
 
-class _Usual(nn.Module):
-    """A DenseNet's usual forward, whatever stands in for it just now."""
+class _Evaluated(nn.Module):
+    """A network with another forward."""
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, network: nn.Module, evaluate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.network, self._structure = structure.network, structure
+        self.network, self._evaluate = network, evaluate
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._structure.ordinary(images)
+        return self._evaluate(images)
+
+
+def _rounding_of(logits: Tensor) -> float:
+    """Relative difference of logits that rounding explains, by their type."""
+    if logits.dtype == torch.float64:
+        return 1e-9
+    if logits.dtype == torch.float32:
+        return 1e-2 if logits.is_cuda and convolutions_may_use_tf32() else 1e-3
+    return 0.05
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
@@ -401,4 +462,4 @@ def _kind_of(images: Tensor, structure: Structure) -> Kind:
     device = images.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     own = next(structure.network.parameters()).dtype
-    return (*images.shape, images.dtype, images.device, own, dtype, torch.backends.cudnn.allow_tf32)
+    return (*images.shape, images.dtype, images.device, own, dtype, convolutions_may_use_tf32())

@@ -11,7 +11,9 @@ Without a GPU the same steps are taken by the plain functions beside the kernels
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from lit_parallel.dense.structure import DenseBlock, Structure, fold
+from lit_parallel.dense.structure import NORMS, DenseBlock, Structure, fold
 from lit_parallel.errors import UserError
 from lit_parallel.kernels.dense_block import (
     BlockWeights,
@@ -121,11 +123,13 @@ class FusedWeights:
     Args:
         structure: The network.
         dtype: The type of features: the network's, or autocast's.
+        product: How they are multiplied; by default as :func:`~lit_parallel.kernels.dense_block.product_of` says now.
     """
 
-    def __init__(self, structure: Structure, dtype: torch.dtype) -> None:
-        self.structure, self.dtype = structure, dtype
-        with torch.inference_mode(False), torch.no_grad():
+    def __init__(self, structure: Structure, dtype: torch.dtype, product: str | None = None) -> None:
+        device = next(structure.network.parameters()).device
+        self.structure, self.dtype, self.product = structure, dtype, product or product_of(dtype, device)
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             self.blocks = [self._block(block) for block in structure.blocks]
             self.means = [self._mean(index) for index in range(len(self.blocks))]
             self.transitions = [self._transition(index) for index in range(len(self.blocks) - 1)]
@@ -134,7 +138,7 @@ class FusedWeights:
 
     def refresh(self) -> None:
         """Fold the network's present weights into the same buffers."""
-        new = FusedWeights(self.structure, self.dtype)
+        new = FusedWeights(self.structure, self.dtype, self.product)
         with torch.no_grad():
             for mine, other in zip(self.blocks, new.blocks, strict=True):
                 mine.replace_by(other)
@@ -161,7 +165,7 @@ class FusedWeights:
         for layer, module in zip(block.folded(), block.layers, strict=True):
             folded.append(replace(layer, bottleneck=_part(module, "conv1").weight.flatten(1)))
             gains.append(fold(_part(module, "norm2"))[0])
-        return BlockWeights.of(folded, gains, self.dtype)
+        return BlockWeights.of(folded, gains, self.dtype, self.product)
 
     def _mean(self, index: int) -> Tensor:
         """Mean of the layers' channels, ``[channels]``, by the batch norm behind the block."""
@@ -172,7 +176,8 @@ class FusedWeights:
 
     def _places(self, index: int) -> Tensor:
         block = self.structure.blocks[index]
-        return places(block.channels, block.growth, len(block.layers), block.norm.weight.device)
+        assert block.norm.running_mean is not None
+        return places(block.channels, block.growth, len(block.layers), block.norm.running_mean.device)
 
     def _read(self, index: int, weight: Tensor) -> ReadWeights:
         """The norm behind a block, and a product ``[out, channels]`` behind it."""
@@ -182,8 +187,7 @@ class FusedWeights:
             padded[at] = folded.to(padded.dtype)
         wide = weight.new_zeros(len(weight), like.channels, dtype=self.dtype)
         wide[:, at] = weight.to(self.dtype)
-        product = product_of(wide)
-        return ReadWeights(scale, shift, rounded(wide, product), product)
+        return ReadWeights(scale, shift, rounded(wide, self.product), self.product)
 
     def _transition(self, index: int) -> ReadWeights:
         transition = _part(self.structure.network, f"features.transition{index + 1}")
@@ -205,12 +209,17 @@ class FusedWeights:
         features: dict[str, Any] = dict(_part(self.structure.network, "features").named_children())
         if list(features)[:5] != ["conv0", "norm0", "relu0", "pool0", "denseblock1"]:
             return None
-        conv, pooling = features["conv0"], features["pool0"]
+        conv, norm, _, pooling = parts = [features[name] for name in ("conv0", "norm0", "relu0", "pool0")]
+        kinds = ((nn.Conv2d,), NORMS, (nn.ReLU,), (nn.MaxPool2d,))
+        if any(type(part) not in kind for part, kind in zip(parts, kinds, strict=True)):
+            return None
+        if conv.padding_mode != "zeros" or norm.running_mean is None or norm.running_var is None:
+            return None
         sizes = ((3, pooling.kernel_size), (2, pooling.stride), (1, pooling.padding), (1, pooling.dilation))
         if conv.bias is not None or pooling.ceil_mode or not all(_is(n, size) for n, size in sizes):
             return None
         weight = conv.weight.to(self.dtype, memory_format=torch.channels_last, copy=True)
-        scale, shift = (tensor.to(sum_type(self.dtype)) for tensor in fold(features["norm0"]))
+        scale, shift = (tensor.to(sum_type(self.dtype)) for tensor in fold(norm))
         return weight, scale, shift
 
 
@@ -241,20 +250,20 @@ class FusedEvaluation:
             raise UserError(f"The plan has {len(plan.blocks)} blocks, the network {len(structure.blocks)}")
         self.structure, self.plan, self.guess = structure, plan, guess
         dtype = compute_type(structure, images_like.device)
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(images_like.device.type, enabled=False):
+        with self._on_its_own(images_like):
             self.weights = weights or FusedWeights(structure, dtype)
             self._images = images_like.to(self.weights.dtype, memory_format=torch.channels_last, copy=True)
             self._allocate()
             self._graph: torch.cuda.CUDAGraph | None = None
             self._evaluate()
-            if images_like.device.type == "cuda":
+            if images_like.device.type == "cuda" and dtype != torch.float64:  # for which there are no kernels
                 self._capture()
 
     def run(self, images: Tensor) -> tuple[Tensor, Residuals]:
         """Logits ``[batch, classes]`` and what the last iterations changed; nothing waits for the device."""
         if images.shape != self._images.shape:
             raise UserError(f"This evaluation is for images of shape {[*self._images.shape]}, not {[*images.shape]}")
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with self._on_its_own(self._images):
             self._images.copy_(images)
             if self._graph is None:
                 self._evaluate()
@@ -265,9 +274,21 @@ class FusedEvaluation:
     def refresh(self) -> None:
         """Fold the network's present weights anew; the captured graph reads them from the same place."""
         self.weights.refresh()
-        with torch.inference_mode(False), torch.no_grad():
+        self.follow_weights()
+
+    def follow_weights(self) -> None:
+        """The same, where the weights are shared, and have been refreshed."""
+        with self._on_its_own(self._images):
             for index, offset in enumerate(self._offsets):
                 offset.copy_(self.weights.offsets(index, self.plan.blocks[index], self.guess))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _on_its_own(images: Tensor) -> Iterator[None]:
+        """Whatever the caller's modes and device are: kernels run on the current device."""
+        without_autocast = torch.autocast(images.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), without_autocast, torch.cuda.device_of(images):
+            yield
 
     def _allocate(self) -> None:
         """Buffers: features of every block; sums and activations of a window, which all blocks share."""
@@ -295,7 +316,7 @@ class FusedEvaluation:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._images.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._evaluate()
         self._graph = graph
 

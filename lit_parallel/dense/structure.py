@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lit_parallel.errors import UserError
 
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # into which a Trainer turns the former; the same in evaluation
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # into which a Trainer turns the former; the same in evaluation
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def structure_of(network: nn.Module) -> Structure:
         if behind not in order or not (order.index(behind) == order.index(name) + 1):
             raise UserError(f"The DenseNet's features.{name} should be followed by {behind}, and is not.")
         if number == len(names):
-            norm = _expect(network, f"features.{behind}", *_NORMS)
+            norm = _expect(network, f"features.{behind}", *NORMS)
         else:
             norm = _check_transition(network, f"features.{behind}")
         _check_norm(f"features.{behind}", norm)
@@ -221,7 +221,7 @@ def _check_layer(network: nn.Module, name: str) -> nn.Module:
     """A dense layer whose parts are the usual ones, and no others with parameters."""
     layer = network.get_submodule(name)
     for part in ("norm1", "norm2"):
-        _check_norm(f"{name}.{part}", _expect(network, f"{name}.{part}", *_NORMS))
+        _check_norm(f"{name}.{part}", _expect(network, f"{name}.{part}", *NORMS))
     for part in ("relu1", "relu2"):
         _expect(network, f"{name}.{part}", nn.ReLU)
     for part, size in (("conv1", 1), ("conv2", 3)):
@@ -231,7 +231,7 @@ def _check_layer(network: nn.Module, name: str) -> nn.Module:
 
 
 def _check_transition(network: nn.Module, name: str) -> nn.BatchNorm2d | nn.SyncBatchNorm:
-    norm = _expect(network, f"{name}.norm", *_NORMS)
+    norm = _expect(network, f"{name}.norm", *NORMS)
     _expect(network, f"{name}.relu", nn.ReLU)
     _check_convolution(f"{name}.conv", _expect(network, f"{name}.conv", nn.Conv2d), 1)
     _expect(network, f"{name}.pool", nn.AvgPool2d)

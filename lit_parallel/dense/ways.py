@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import statistics
 import time
@@ -16,11 +17,14 @@ from torch import Tensor
 from lit_parallel.dense.evaluation import BlockRecord, EvaluationRecord, PlainEvaluation
 from lit_parallel.dense.options import DenseOptions
 from lit_parallel.dense.structure import Structure
+from lit_parallel.errors import UserError, first_line
 from lit_parallel.kernels import triton_runs_on
 from lit_parallel.recurrent.stopwatch import seconds_of
 
 if TYPE_CHECKING:
     from lit_parallel.dense.fused import FusedWeights, Plan
+
+logger = logging.getLogger(__name__)
 
 _WINDOW = 8  # of gs_jacobi, where none is named
 _REPEATS = 5
@@ -41,7 +45,7 @@ class Way(ABC):
         """Logits, and what they took."""
 
     def refresh(self) -> None:  # noqa: B027 - most ways keep nothing of the weights
-        """To be called after weights have changed."""
+        """To be called after the network's weights have changed, and those that ways share were refreshed."""
 
 
 class Ordinary(Way):
@@ -113,10 +117,10 @@ class Fused(Way):
         """Evaluate by another plan from now on."""
         from lit_parallel.dense.fused import FusedEvaluation
 
-        self.plan = plan
         self._evaluation = FusedEvaluation(
             self.structure, plan, images, guess=self.options.guess, weights=self._weights
         )
+        self.plan = plan
         sizes = list(zip(plan.blocks, self.layers, strict=True))
         iterates = [block.iterations is not None and block.iterations < min(block.window, n) for block, n in sizes]
         self.checked = self.options.iterations is None and any(iterates)
@@ -134,18 +138,30 @@ class Fused(Way):
         ]
 
     def __call__(self, images: Tensor) -> tuple[Tensor, EvaluationRecord]:
-        if self._given_up:
+        began = time.perf_counter()
+        evaluated = None if self._given_up else self._until_solved(images)
+        if evaluated is None:
             assert self.instead is not None
             return self.instead[0](images)
-        began = time.perf_counter()
-        logits, relative = self.run(images)
-        while (plan := self.grown(relative, images)) is not None:
-            self.adopt(plan, images)
-            logits, relative = self.run(images)
-            if self.instead is not None and median_seconds(self.run, images) > self.instead[1]:
-                self._given_up = True
-                return self.instead[0](images)
+        logits, relative = evaluated
         return logits, self._record(relative, time.perf_counter() - began if self.checked else math.nan)
+
+    def _until_solved(self, images: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """As :meth:`run`, by plans that grow; ``None`` if another way is to be taken from now on."""
+        try:
+            logits, relative = self.run(images)
+            while (plan := self.grown(relative, images)) is not None:
+                self.adopt(plan, images)
+                logits, relative = self.run(images)
+                if self.instead is not None and median_seconds(self.run, images) > self.instead[1]:
+                    self._given_up = True
+                    return None
+        except torch.cuda.OutOfMemoryError as error:
+            self.instead = self.instead or (Plain(self.structure, self.options), math.inf)
+            logger.warning(f"The kernels lack memory ({first_line(error)}): {self.instead[0]} is taken instead.")
+            self._given_up = True
+            return None
+        return logits, relative
 
     def run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and ``[blocks, batch]`` what the last iterations changed, on the host, if there is any to check."""
@@ -176,7 +192,7 @@ class Fused(Way):
         return None if plan == self.plan else plan
 
     def refresh(self) -> None:
-        self._evaluation.refresh()  # and with it the weights that it shares with the way to be taken instead
+        self._evaluation.follow_weights()
 
     def _record(self, relative: Tensor | None, seconds: float) -> EvaluationRecord:
         blocks = self._blocks
@@ -232,14 +248,26 @@ def runs_fused(options: DenseOptions) -> bool:
 
 
 def first_plan(structure: Structure, options: DenseOptions) -> Plan:
-    """What a named solver begins with: two iterations, of which the second tells what still changes."""
+    """What a named solver begins with: two iterations, of which the second tells what still changes.
+
+    Raises:
+        UserError: ``max_iterations`` does not suffice for one iteration of every window.
+    """
     from lit_parallel.dense.fused import Plan
 
     if options.solver == "sequential":
         return Plan.sequential(structure)
-    if options.solver == "jacobi":
-        return Plan.jacobi(structure, options.iterations or 2)
-    return Plan.gs_jacobi(structure, options.window or _WINDOW, options.iterations or 2)
+    iterations, limit = options.iterations or 2, options.max_iterations or math.inf
+    layers = [len(block.layers) for block in structure.blocks]
+    window = max(layers) if options.solver == "jacobi" else options.window or _WINDOW
+    plan = Plan.gs_jacobi(structure, window, iterations)
+    exceeding = [block.iterations_of(n) > limit for block, n in zip(plan.blocks, layers, strict=True)]
+    blocks = [
+        dataclasses.replace(b, iterations=1) if more else b for b, more in zip(plan.blocks, exceeding, strict=True)
+    ]
+    if any(block.iterations_of(n) > limit for block, n in zip(blocks, layers, strict=True)):
+        raise UserError(f"max_iterations={limit} are fewer than there are windows of {window} layers")
+    return Plan(tuple(blocks))
 
 
 def median_seconds(way: Callable[[Tensor], object], images: Tensor) -> float:

@@ -32,6 +32,7 @@ from torch.nn import functional as F  # noqa: N812
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lit_parallel.kernels import interpreted, triton_runs_on
+from lit_parallel.tf32 import convolutions_may_use_tf32
 
 if TYPE_CHECKING:
     from lit_parallel.dense.structure import FoldedLayer
@@ -49,11 +50,11 @@ def sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def product_of(like: Tensor) -> str:
+def product_of(dtype: torch.dtype, device: torch.device) -> str:
     """How features are multiplied: float32 as cuDNN may (``tf32``), or with all digits (``tf32x3``, ``ieee``)."""
-    if like.dtype != torch.float32 or like.device.type != "cuda":
+    if dtype != torch.float32 or device.type != "cuda":
         return "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    return "tf32" if convolutions_may_use_tf32() else "tf32x3"
 
 
 def rounded(weight: Tensor, product: str) -> Tensor:
@@ -99,13 +100,16 @@ class BlockWeights:
     product: str
 
     @classmethod
-    def of(cls, layers: Sequence[FoldedLayer], gains: Sequence[Tensor], dtype: torch.dtype) -> BlockWeights:
+    def of(
+        cls, layers: Sequence[FoldedLayer], gains: Sequence[Tensor], dtype: torch.dtype, product: str | None = None
+    ) -> BlockWeights:
         """Lay out layers for features of a type.
 
         Args:
             layers: Folded, but for the second norm's scale, which their ``bottleneck`` is without.
             gains: That scale, ``[bottleneck]`` of every layer.
             dtype: Of features.
+            product: How they are multiplied; by default as :func:`product_of` says now.
         """
         first = layers[0]
         start, growth, width = len(first.scale), first.growth.shape[0], first.growth.shape[1]
@@ -125,7 +129,7 @@ class BlockWeights:
             gain[index, :width] = gains[index].to(sums)
             bias[index, :width] = layer.bias.to(sums)
             weight[index, :, :width, :growth] = layer.growth.flatten(2).permute(2, 1, 0).to(dtype)
-        product = product_of(bottleneck)
+        product = product or product_of(dtype, bottleneck.device)
         return cls(scale, shift, rounded(bottleneck, product), gain, bias, rounded(weight, product), entry, product)
 
     @property

@@ -13,11 +13,13 @@ from torch import nn
 
 from lit_parallel.dense import DenseOptions, auto, evaluate_in_parallel, records, ways
 from lit_parallel.dense.auto import Evaluator, agreement, in_float64, relative_error, rms_error
-from lit_parallel.dense.fused import FusedEvaluation, Plan
+from lit_parallel.dense.fused import FusedEvaluation, FusedWeights, Plan
 from lit_parallel.dense.structure import structure_of
 from lit_parallel.dense.ways import Fused, Ordinary
 from lit_parallel.errors import UserError
+from lit_parallel.kernels import dense_block
 from lit_parallel.networks.densenet import DenseNet
+from lit_parallel.tf32 import convolutions_may_use_tf32
 
 SIDE = 8
 
@@ -397,6 +399,184 @@ def test_a_network_that_kernels_do_not_know_is_evaluated_plainly(network, caplog
     assert evaluator(network)(some_images())[1].way == "ordinary"
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight / self.weight.std((1, 2, 3), keepdim=True), None, padding=1)
+
+
+class Adapted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 0.3 * x[:, : self.out_features]
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(type(TorchvisionLike().features.denseblock1.denselayer1)):
+    def forward(self, features):
+        return 0.5 * super().forward(features)
+
+
+class Fixed(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.float(), self.bias.float())
+
+
+def of_class(name, kind):
+    return lambda network: setattr(network.get_submodule(name), "__class__", kind)
+
+
+def with_part(name, part):
+    return lambda network: network.set_submodule(name, part)
+
+
+def with_one_more(network):
+    children = dict(network.features.named_children())
+    network.features = nn.Sequential()
+    for name, child in children.items():
+        network.features.add_module(name, child)
+        if name == "transition1":
+            network.features.add_module("tanh1", nn.Tanh())
+
+
+LAYER = "features.denseblock1.denselayer2"
+UNUSUAL = {
+    "convolution": of_class(f"{LAYER}.conv2", Standardised),
+    "classifier": of_class("classifier", Adapted),
+    "transition": of_class("features.transition1", Doubled),
+    "layer": of_class(LAYER, Halved),
+    "divisor": with_part("features.transition1.pool", nn.AvgPool2d(2, 2, divisor_override=1)),
+    "edge": with_part("features.transition1.pool", nn.AvgPool2d(2, 2, ceil_mode=True)),
+    "one more": with_one_more,
+}
+
+
+@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.parametrize("solver", ["sequential", "jacobi", "auto"])
+@pytest.mark.parametrize("part", UNUSUAL)
+def test_what_kernels_would_not_compute_is_found_out(part, solver, caplog):
+    network = lived_in(TorchvisionLike())
+    UNUSUAL[part](network)
+    evaluate = evaluator(network.float(), solver=solver, tolerance=1e-6)
+    for batch in (3, 3, 4):
+        x = images(batch, side=36).float()  # of 9 pixels before the transition
+        with torch.inference_mode():
+            logits, record = evaluate(x)
+        assert record.way == ("ordinary" if solver == "auto" else "plain")
+        assert relative_error(logits, logits_of(network, x)) < 1e-4
+    (line,) = caplog.messages
+    assert line.startswith("'net' is evaluated without kernels: their logits are ")
+    assert "fused=false" in line
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_what_cannot_be_compared_is_not_trusted(caplog):
+    network = lived_in(TorchvisionLike()).float()
+    network.classifier.__class__ = Fixed
+    assert evaluator(network, solver="jacobi")(images().float())[1].way == "plain"
+    assert "'net' is evaluated without kernels: " in caplog.text
+
+
+class Softmax(TorchvisionLike):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+class Scaled(TorchvisionLike):
+    def forward(self, x):
+        return super().forward(x) * 1.003
+
+
+class Centred(TorchvisionLike):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits if len(x) == 1 else logits - logits.mean(0)
+
+
+@pytest.mark.parametrize("kind", [Softmax, Scaled, Centred])
+def test_a_forward_of_another_kind_is_kept(kind, caplog):
+    evaluate, x = evaluator(lived_in(kind()).float(), solver="jacobi"), images().float()
+    for _ in range(2):
+        logits, record = evaluate(x)
+        assert record.way == "ordinary"
+        assert torch.equal(logits, logits_of(evaluate.structure.network, x))
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(("kind", "way"), [(Softmax, "ordinary"), (TorchvisionLike, "plain")])
+@pytest.mark.parametrize("spoilt", [1, 3])
+def test_what_is_not_finite_does_not_tell_what_a_forward_is(kind, way, spoilt):
+    evaluate, x = evaluator(lived_in(kind()), solver="jacobi"), images()
+    y = x.clone()
+    y[:spoilt] = float("nan")
+    assert evaluate(y)[1].way == (way if spoilt < 3 else "ordinary")  # by chance it is never told
+    logits, record = evaluate(x)
+    assert record.way == way
+    assert relative_error(logits, logits_of(evaluate.structure.network, x)) < 1e-2
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_a_network_of_weights_that_are_not_finite_is_looked_at_again(network):
+    evaluate, x = evaluator(network, solver="sequential"), some_images()
+    with torch.no_grad():
+        bias = network.classifier.bias.clone()
+        network.classifier.bias.fill_(float("nan"))
+        assert evaluate(x)[1].way == "ordinary"
+        network.classifier.bias.copy_(bias)
+    evaluate.refresh()
+    assert evaluate(x)[1].way == "fused"
+
+
+@pytest.fixture
+def switches():
+    """PyTorch's for TF32, put back at the end."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    yield cudnn
+    cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.parametrize("solver", ["auto", "jacobi"])
+def test_either_switch_of_tf32_makes_another_kind(network, solver, switches, monkeypatch):
+    monkeypatch.setattr(dense_block, "product_of", lambda *_: str(convolutions_may_use_tf32()))
+    evaluate, x = evaluator(network, solver=solver), some_images()
+    for precision in ("tf32", "ieee"):
+        switches.conv.fp32_precision = precision
+        assert convolutions_may_use_tf32() is (precision == "tf32")
+        evaluate(x)
+    assert len(evaluate._ways) == 2
+    assert {product for _, _, product in evaluate._weights} == {"True", "False"}
+    evaluate(x)
+    assert len(evaluate._ways) == 2
+    switches.conv.fp32_precision = "tf32"
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert not convolutions_may_use_tf32()
+    assert convolutions_may_use_tf32()
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_shared_weights_are_folded_once(network, monkeypatch):
+    evaluate, calls = evaluator(network, solver="sequential"), []
+    for batch in (1, 2, 3):
+        evaluate(some_images(batch))
+    monkeypatch.setattr(FusedWeights, "refresh", lambda self: calls.append(self))
+    evaluate.refresh()
+    assert len(evaluate._ways) == 3
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_a_mixture_in_which_nothing_iterates(network):
+    evaluate, x = evaluator(network), some_images()
+    evaluate._is_usual = True
+    sequential = Plan.sequential(evaluate.structure)
+    evaluate._ways[auto._kind_of(x, evaluate.structure)] = evaluate.fused("gs_jacobi", sequential, x)
+    assert evaluate.probe(x)[1].relative_logit_error < 1e-12
+
+
 @pytest.mark.usefixtures("with_kernels")
 def test_a_plan_that_has_become_too_slow_is_given_up(network, monkeypatch):
     def seconds(name):
@@ -502,7 +682,7 @@ def test_the_first_call_of_a_kind_is_not_timed(network):
     evaluate.ordinary.forward = lambda x: calls.append(len(x)) or ordinary(x)
     for _ in range(3):
         evaluate.probe(some_images())
-    assert calls == [1, 3, 3, 3, 3]  # is it the usual forward; one that does not count; three that do
+    assert calls == [2, 3, 3, 3, 3]  # is it the usual forward; one that does not count; three that do
 
 
 @pytest.mark.usefixtures("with_kernels")

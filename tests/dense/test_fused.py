@@ -1,5 +1,6 @@
 """Evaluation by windows and iterations: the plain functions on a CPU, the kernels and the graph on a GPU."""
 
+import contextlib
 import copy
 
 import pytest
@@ -93,6 +94,56 @@ def test_refresh_takes_changed_weights(iterations):
     assert not torch.equal(before, expected)
 
 
+@torch.no_grad()
+def test_refresh_knows_nothing_of_autocast():
+    network = NETWORKS["own"]().float()
+    structure, x = structure_of(network), images().float()
+    plan = plan_of(structure, 3, 2)
+    evaluation = FusedEvaluation(structure, plan, x)
+    network.features.denseblock2.denselayer2.norm1.running_mean.add_(0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluation.refresh()
+    assert torch.equal(evaluation.run(x)[0], FusedEvaluation(structure, plan, x).run(x)[0])
+
+
+def test_refresh_keeps_the_product():
+    weights = FusedWeights(structure_of(NETWORKS["own"]().float()), torch.float32, "tf32")
+    weights.refresh()
+    for tensor in (weights.head.weight, weights.transitions[0].weight, *(b.bottleneck for b in weights.blocks)):
+        assert (tensor.view(torch.int32) & 0x1FFF == 0).all()
+    assert {weights.head.product, weights.transitions[0].product, weights.blocks[0].product} == {"tf32"}
+
+
+def test_residuals_are_those_of_the_last_batch():
+    structure, x = structure_of(NETWORKS["own"]()), images()
+    evaluation = FusedEvaluation(structure, plan_of(structure, 3, 2), x)
+    expected = evaluation.run(x)[1].relative.clone()
+    assert not torch.equal(evaluation.run(5 * x)[1].relative, expected)
+    assert torch.equal(evaluation.run(x)[1].relative, expected)
+
+
+def test_kernels_are_launched_on_the_device_of_the_images(monkeypatch):
+    current, found = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    evaluate = FusedEvaluation._evaluate
+    offsets = FusedWeights.offsets
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(FusedEvaluation, "_evaluate", lambda self: found.append([*current]) or evaluate(self))
+    monkeypatch.setattr(FusedWeights, "offsets", lambda *given: found.append([*current]) or offsets(*given))
+    structure, x = structure_of(NETWORKS["own"]()), images()
+    evaluation = FusedEvaluation(structure, Plan.jacobi(structure, 2), x)
+    evaluation.run(x)
+    evaluation.refresh()
+    assert len(found) == 3 + 1 + 1 + 3
+    assert all(devices == [x.device] for devices in found)
+
+
 def test_an_image_that_is_not_finite_spoils_only_itself():
     structure, x = structure_of(NETWORKS["own"]()), images()
     evaluation = FusedEvaluation(structure, plan_of(structure, 3, 2), x)
@@ -142,13 +193,36 @@ def test_what_does_not_fit_is_told():
         FusedEvaluation(structure, Plan.sequential(structure), x)
 
 
-def test_a_stem_of_another_kind_is_called_as_it_is():
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("pool0", nn.MaxPool2d(2)),
+        ("pool0", nn.AvgPool2d(3, 2, 1)),
+        ("norm0", nn.GroupNorm(2, 6).double()),
+        ("norm0", nn.BatchNorm2d(6, track_running_stats=False).double()),
+        ("relu0", nn.LeakyReLU(0.3)),
+        ("conv0", nn.Conv2d(3, 6, 7, 2, 3, bias=False, padding_mode="reflect").double()),
+    ],
+)
+def test_a_stem_of_another_kind_is_called_as_it_is(name, part):
     network = NETWORKS["torchvision_like"]()
-    network.features.pool0 = nn.MaxPool2d(2)
+    setattr(network.features, name, part.eval())
     structure, x = structure_of(network), images()
     with torch.no_grad():
         expected = network(x)
     torch.testing.assert_close(FusedEvaluation(structure, Plan.sequential(structure), x).run(x)[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["norm0", "denseblock1.denselayer2.norm1", "transition1.norm", "norm5"])
+def test_norms_without_weights(name):
+    network = NETWORKS["torchvision_like"]()
+    norm = nn.BatchNorm2d(network.features.get_submodule(name).num_features, affine=False).double().eval()
+    norm.running_mean.normal_()
+    network.features.set_submodule(name, norm)
+    structure, x = structure_of(network), images()
+    logits, _ = FusedEvaluation(structure, Plan.sequential(structure), x).run(x)
+    torch.testing.assert_close(logits, network(x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.gpu

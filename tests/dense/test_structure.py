@@ -131,6 +131,14 @@ LAYER = "features.denseblock2.denselayer2"
         (broken(replace(f"{LAYER}.relu1", nn.SiLU())), f"{LAYER}.relu1 is a SiLU, where a ReLU"),
         (broken(replace(f"{LAYER}.conv2", nn.Conv2d(8, 4, 3, padding=2, dilation=2))), "conv2 has padding=\\(2, 2\\)"),
         (broken(replace(f"{LAYER}.conv2", nn.Conv2d(8, 4, 3, padding=1))), "conv2 has a bias"),
+        (
+            broken(replace(f"{LAYER}.conv2", nn.Conv2d(8, 4, 3, padding=1, dilation=2, bias=False))),
+            "conv2 has dilation=\\(2, 2\\)",
+        ),
+        (
+            broken(replace(f"{LAYER}.conv2", nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect", bias=False))),
+            "conv2 has padding_mode=reflect",
+        ),
         (broken(replace(f"{LAYER}.norm1", nn.BatchNorm2d(18))), "reads 18 channels and adds 4, where 15 and 4"),
         (broken(replace("features.transition1.pool", nn.MaxPool2d(2))), "transition1.pool is a MaxPool2d"),
         (

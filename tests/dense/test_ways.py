@@ -12,6 +12,7 @@ from lit_parallel.dense.fused import BlockPlan, FusedWeights, Plan
 from lit_parallel.dense.options import DenseOptions
 from lit_parallel.dense.structure import structure_of
 from lit_parallel.dense.ways import Fused, Ordinary, Padded, Plain, first_plan, kernels_run_on, runs_fused
+from lit_parallel.errors import UserError
 
 
 @pytest.fixture
@@ -51,6 +52,15 @@ def test_the_plan_to_begin_with(structure):
     assert first_plan(structure, options) == Plan.gs_jacobi(structure, 3, 1)
 
 
+def test_the_plan_to_begin_with_keeps_the_limit(structure):
+    assert first_plan(structure, DenseOptions(solver="jacobi", max_iterations=1)) == Plan.jacobi(structure, 1)
+    options = DenseOptions(solver="gs_jacobi", window=2, max_iterations=3)
+    assert sizes(first_plan(structure, options)) == [(2, 1), (2, 2)]  # four layers, and three
+    options.max_iterations = 1
+    with pytest.raises(UserError, match="max_iterations=1 are fewer than there are windows of 2 layers"):
+        first_plan(structure, options)
+
+
 def test_what_they_are_called(structure, fused):
     assert str(Ordinary(lambda x: x)) == "the ordinary forward"
     assert str(Plain(structure, DenseOptions(solver="jacobi"))) == "plain jacobi"
@@ -74,6 +84,24 @@ def test_a_plan_grows_where_it_is_wanted_as_far_as_it_may(structure, fused):
     assert way.grown(None, images(2, side=8)) is None
 
 
+@pytest.mark.parametrize("is_chosen", [True, False])
+def test_another_way_is_taken_where_a_larger_plan_has_no_memory(structure, fused, is_chosen, monkeypatch, caplog):
+    way, x = fused(Plan.jacobi(structure, 2), tolerance=1e-9), images(2, side=8)
+    if is_chosen:
+        way.instead = Ordinary(structure.network), 1.0
+
+    def adopt(self, plan, images):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nMuch more is said.")
+
+    monkeypatch.setattr(Fused, "adopt", adopt)
+    for _ in range(2):
+        logits, record = way(x)
+        assert record.way == ("ordinary" if is_chosen else "plain")
+        assert torch.allclose(logits, structure.ordinary(x), rtol=1e-6)
+    taken = "the ordinary forward" if is_chosen else "plain auto"
+    assert caplog.messages == [f"The kernels lack memory (CUDA out of memory): {taken} is taken instead."]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_padding_leaves_no_trace(structure, batch):
     x = images(batch, side=8)
@@ -94,6 +122,7 @@ def test_new_weights_are_taken_over(structure, fused):
         before = way(x)[0]
         structure.network.classifier.weight *= 2
         assert torch.equal(way(x)[0], before)
+        way._weights.refresh()
         way.refresh()
         assert torch.allclose(way(x)[0], copy.deepcopy(structure.network)(x), rtol=1e-10)
 

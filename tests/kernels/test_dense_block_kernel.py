@@ -134,6 +134,16 @@ def check_against_plain(device, dtype, tolerance, shapes):
     per_image = total.view(batch, -1)
     assert per_image[0].isnan().any()
     assert per_image[1:].isfinite().all()
+    image[0, 3, 4, 5] = float("nan")
+    dense_block.pool(image, base[0, 0, :24].contiguous(), offset[0, :24].contiguous(), y)
+    assert y[0, ..., 3].isnan().equal(_seen_by(4, 5, y.shape[1:3]).to(device))
+    assert y[1:].isfinite().all()
+
+
+def _seen_by(row, column, shape):
+    """The windows of 3 x 3 pixels, at every other pixel, that see a pixel."""
+    v, h = torch.meshgrid(*(2 * torch.arange(n) for n in shape), indexing="ij")
+    return ((v - row).abs() <= 1) & ((h - column).abs() <= 1)
 
 
 def test_kernels_in_the_interpreter():
