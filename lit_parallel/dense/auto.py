@@ -156,7 +156,7 @@ class Evaluator:
             try:
                 return self.fused(options.solver, first_plan(self.structure, options), images)
             except (torch.cuda.OutOfMemoryError, UserError) as error:
-                logger.warning(f"{shown(self.name)} is evaluated without kernels: {first_line(error)}.")
+                self._warn_of_no_kernels(first_line(error))
         return Plain(self.structure, options)
 
     def fused(self, solver: str, plan: Plan, images: Tensor) -> Fused:
@@ -207,13 +207,14 @@ class Evaluator:
             error = relative_error(in_float64(self.structure, images, by_kernels), expected)
             if error <= _rounding_of(expected):
                 return True
-            reason = (
-                f"their logits are {error:.2g} off its own, as a part of it is not the usual one (fused=false: untried)"
-            )
+            reason = f"their logits would be {error:.2g} off, as a part of it is not the usual one"
         except (RuntimeError, UserError) as error:  # a part may be for one type only
             reason = first_line(error)
-        logger.warning(f"{shown(self.name)} is evaluated without kernels: {reason}.")
+        self._warn_of_no_kernels(reason)
         return False
+
+    def _warn_of_no_kernels(self, reason: str) -> None:
+        logger.warning(f"{shown(self.name)} is evaluated by its own layers, without kernels (fused=false): {reason}.")
 
     def _with_curve(self, record: EvaluationRecord, way: Way, images: Tensor) -> EvaluationRecord:
         """The record with residuals of all iterations, of some images, which kernels do not keep."""

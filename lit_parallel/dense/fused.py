@@ -316,7 +316,8 @@ class FusedEvaluation:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream()  # PyTorch's own for this belongs to the device of the first capture
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._evaluate()
         self._graph = graph
 
