@@ -89,7 +89,7 @@ def _of_one_block(structure: Structure, images: Tensor, index: int) -> Iterator[
     """Logits after each iteration of one block, everything else being evaluated as usual."""
     x = structure.stem(images)
     for before in range(index):
-        x = structure.transition(before, _all_features(structure, before, x))
+        x = structure.transition(before, structure.all_features(before, x))
     block = structure.blocks[index]
     system = DenseBlockSystem(block.layers, x, block.mean)
     state = system.new_state()
@@ -98,14 +98,8 @@ def _of_one_block(structure: Structure, images: Tensor, index: int) -> Iterator[
         system.evaluate(state, None, nobody, None)
         features = system.features(state)
         for after in range(index + 1, len(structure.blocks)):
-            features = _all_features(structure, after, structure.transition(after - 1, features))
+            features = structure.all_features(after, structure.transition(after - 1, features))
         yield structure.head(features)
-
-
-def _all_features(structure: Structure, index: int, x: Tensor) -> Tensor:
-    for layer in structure.blocks[index].layers:
-        x = torch.cat([x, layer(x)], 1)
-    return x
 
 
 def _of_blocks(structure: Structure, images: Tensor, options: DenseOptions, most: int) -> Iterator[Tensor]:

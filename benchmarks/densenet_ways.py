@@ -194,8 +194,7 @@ def iteration_costs(structure: Structure, images: Tensor, weights: FusedWeights,
     for index, block in enumerate(structure.blocks):
         if index > 0:
             x = structure.transition(index - 1, x)
-        for layer in block.layers:
-            x = torch.cat([x, layer(x)], 1)
+        x = structure.all_features(index, x)
         iterate = _iteration(structure, index, x, weights)
         in_a_row = _IN_A_ROW if x.is_cuda else 1
         steps = functools.partial(_repeat, iterate, in_a_row)

@@ -3,6 +3,14 @@
 from callbacks.build import build_testing_callbacks, build_training_callbacks
 from callbacks.jacobi_backprop import JacobiBackprop
 from callbacks.jacobi_evaluation import JacobiEvaluation
+from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.sample_grid import SampleGrid
 
-__all__ = ["JacobiBackprop", "JacobiEvaluation", "SampleGrid", "build_testing_callbacks", "build_training_callbacks"]
+__all__ = [
+    "JacobiBackprop",
+    "JacobiEvaluation",
+    "LastCheckpoint",
+    "SampleGrid",
+    "build_testing_callbacks",
+    "build_training_callbacks",
+]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from callbacks.jacobi_backprop import JacobiBackprop
 from callbacks.jacobi_evaluation import JacobiEvaluation
+from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.sample_grid import SampleGrid
 from lit_parallel.config import TrainConfig
 from lit_parallel.errors import UserError
@@ -40,16 +41,12 @@ def build_training_callbacks(config: TrainConfig, folder: Path, model: Trainable
     monitor = model.monitor if validates else None
     callbacks: list[pl.Callback] = []
     if not config.trainer.fast_dev_run:  # the weights of a trial are not to be sampled by mistake
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=folder / "checkpoints",
-                filename="best" if validates else "epoch-{epoch:04d}",
-                monitor=monitor,
-                save_last=True,
-                auto_insert_metric_name=False,
-                enable_version_counter=False,
+        checkpoints = folder / "checkpoints"
+        if validates:
+            callbacks.append(
+                ModelCheckpoint(dirpath=checkpoints, filename="best", monitor=monitor, enable_version_counter=False)
             )
-        )
+        callbacks.append(LastCheckpoint(checkpoints))
     is_sampled = isinstance(model, AutoregressiveModule)
     if not is_sampled:
         _refuse_sampling_options(config)

@@ -425,9 +425,8 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
         found: ``[batch, classes]``.
         exact: The same.
     """
-    found, exact = found.double(), exact.double()
+    found, exact = _where_finite(found, exact)
     errors = (found - exact).abs().amax(dim=1) / exact.abs().amax(dim=1).clamp(min=1e-30)
-    errors = errors[exact.isfinite().all(dim=1)]
     return float(errors.amax()) if len(errors) else 0.0
 
 
@@ -440,10 +439,15 @@ def rms_error(found: Tensor, exact: Tensor) -> float:
         found: ``[batch, classes]``.
         exact: The same.
     """
-    found, exact = found.double(), exact.double()
-    counts = exact.isfinite().all(dim=1)
-    error, size = (x[counts].square().sum().sqrt() for x in (found - exact, exact))
+    found, exact = _where_finite(found, exact)
+    error, size = (x.square().sum().sqrt() for x in (found - exact, exact))
     return float(error / size.clamp(min=1e-30))
+
+
+def _where_finite(found: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in float64, of the images whose exact ones are finite."""
+    counts = exact.isfinite().all(dim=1)
+    return found[counts].double(), exact[counts].double()
 
 
 def agreement(found: Tensor, expected: Tensor, k: int) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from lit_parallel.cuda_graphs import capturing
 from lit_parallel.dense.structure import NORMS, DenseBlock, Structure, fold
 from lit_parallel.errors import UserError
 from lit_parallel.kernels.dense_block import (
@@ -315,9 +316,10 @@ class FusedEvaluation:
         self._relative = torch.zeros(len(weights.blocks), batch, device=images.device)
 
     def _capture(self) -> None:
+        torch.cuda.synchronize(self._images.device)
+        torch.cuda.empty_cache()  # the graph keeps memory of its own
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()  # PyTorch's own for this belongs to the device of the first capture
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with capturing(graph, torch.cuda.Stream(self._images.device)):
             self._evaluate()
         self._graph = graph
 

@@ -110,12 +110,22 @@ class Structure:
     def ordinary(self, images: Tensor) -> Tensor:
         """Logits of the ordinary evaluation, layer after layer, whatever ``network.forward`` is just now."""
         features = self.stem(images)
-        for index, block in enumerate(self.blocks):
+        for index in range(len(self.blocks)):
             if index > 0:
                 features = self.transition(index - 1, features)
-            for layer in block.layers:
-                features = torch.cat([features, layer(features)], 1)
+            features = self.all_features(index, features)
         return self.head(features)
+
+    def all_features(self, index: int, features: Tensor) -> Tensor:
+        """All features of a block, its layers one after another; as in :meth:`transition`.
+
+        Args:
+            index: Of the block.
+            features: ``[batch, c_0, height, width]``, which it reads.
+        """
+        for layer in self.blocks[index].layers:
+            features = torch.cat([features, layer(features)], 1)
+        return features
 
     def _between(self, index: int, x: Tensor) -> Tensor:
         """Apply what stands in ``features`` between a block (-1: the start) and the next one (or the end)."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 import triton
@@ -76,8 +76,20 @@ def overlap(device: torch.device, programs: int) -> dict[str, bool]:
     return {"OVERLAP": True, "launch_pdl": True}
 
 
+def _is_for_kernels(x: Tensor) -> bool:
+    return triton_runs_on(x.device) and x.dtype != torch.float64
+
+
+class _Weights:
+    def replace_by(self, other: Self) -> None:
+        """Copy the numbers of other weights of the same shape to where these lie."""
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                tensor.copy_(getattr(other, name))
+
+
 @dataclass(frozen=True)
-class BlockWeights:
+class BlockWeights(_Weights):
     """The folded layers of a block, laid out for the kernels.
 
     Attributes:
@@ -155,16 +167,19 @@ class BlockWeights:
         """Where a layer's channels begin, and what it reads ends."""
         return self.entry + layer * self.step
 
-    def replace_by(self, other: BlockWeights) -> None:
-        """Copy the numbers of other weights of the same shape to where these lie."""
-        for name in ("scale", "shift", "bottleneck", "gain", "bias", "growth"):
-            getattr(self, name).copy_(getattr(other, name))
-
 
 def places(start: int, growth: int, layers: int, device: torch.device | None = None) -> Tensor:
     """Where the channels of a block's input and of its first layers lie in the padded buffer, ``[channels]``."""
     own = torch.arange(layers, device=device)[:, None] * padded(growth) + torch.arange(growth, device=device)
     return torch.cat([torch.arange(start, device=device), padded(start) + own.flatten()])
+
+
+@triton.jit
+def _begin(OVERLAP: tl.constexpr):
+    """Let the launch behind start, and wait for what the launch before has written."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -213,9 +228,7 @@ def _collect(
     weights = weight + layer * width * channels + out[None, :] * channels + k[:, None]
     dtype = weight.dtype.element_ty
     acc = tl.zeros([ROWS, OUT], tl.float32)
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    _begin(OVERLAP)
     for at in tl.range(begin, stop, DEPTH, num_stages=STAGES):
         more = at + k < stop
         a = tl.load(features + at, mask=(row < rows)[:, None] & more[None, :], other=0.0)
@@ -292,7 +305,7 @@ def collect(
             with fewer layers, of which it takes that.
         offset: ``[all layers, bottleneck]``, or nothing.
     """
-    if not triton_runs_on(x.device) or x.dtype == torch.float64:
+    if not _is_for_kernels(x):
         return collect_plainly(x, weights, layers, begin, end, base=base, total=total, active=active, offset=offset)
     rows = x.shape[:3].numel()
     tile = tile_of_collect(rows, len(layers), weights.width).for_type(x.dtype)
@@ -370,9 +383,7 @@ def _grow(
         gain_reader = tl.load(of_gain, mask=b < width, other=0.0)
         of_reader = weight + (reader * width + b[None, :]) * channels + first + g[:, None]
         w_reader = tl.load(of_reader, mask=(g < step)[:, None] & (b < width)[None, :], other=0.0)
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    _begin(OVERLAP)
     if PUSH:
         of_sums = sums + (tl.program_id(1) * rows + row)[:, None] * width + b[None, :]
         mask_sums = inside[:, None] & (b < width)[None, :]
@@ -465,7 +476,7 @@ def grow(
         change: ``[2, all layers, batch]`` float32: takes the largest change and the largest size of every layer's
             channels, where they are larger than what it holds. What is not a number counts as an infinite change.
     """
-    if not triton_runs_on(x.device) or x.dtype == torch.float64:
+    if not _is_for_kernels(x):
         return grow_plainly(active, weights, x, layers, later=later, following=following, change=change)
     batch, height, across, _ = x.shape
     count = 0 if later is None else len(later)
@@ -512,7 +523,7 @@ def grow(
 
 
 @dataclass(frozen=True)
-class ReadWeights:
+class ReadWeights(_Weights):
     """What reads all features of a block: batch norm, rectifier and a product.
 
     Attributes:
@@ -524,11 +535,6 @@ class ReadWeights:
     shift: Tensor
     weight: Tensor
     product: str = "ieee"
-
-    def replace_by(self, other: ReadWeights) -> None:
-        """Copy the numbers of other weights of the same shape to where these lie."""
-        for name in ("scale", "shift", "weight"):
-            getattr(self, name).copy_(getattr(other, name))
 
 
 @triton.jit(do_not_specialize=["rows", "height", "across", "out_channels"])
@@ -547,9 +553,7 @@ def _transition(
     weights = weight + out[None, :] * channels + k[:, None]
     dtype = weight.dtype.element_ty
     acc = tl.zeros([ROWS, OUT], tl.float32)
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    _begin(OVERLAP)
     for at in tl.range(0, channels, DEPTH, num_stages=STAGES):
         more = at + k < channels
         s = tl.load(scale + at + k, mask=more, other=0.0)[None, :]
@@ -585,7 +589,7 @@ def transition(x: Tensor, weights: ReadWeights, y: Tensor) -> None:
         weights: Of the transition.
         y: ``[batch, height // 2, width // 2, channels]`` features of the next block, whose first channels are written.
     """
-    if not triton_runs_on(x.device) or x.dtype == torch.float64:
+    if not _is_for_kernels(x):
         return transition_plainly(x, weights, y)
     rows, out = y.shape[:3].numel(), len(weights.weight)
     tile = TRANSITION.for_type(x.dtype)
@@ -621,9 +625,7 @@ def _mean(
     s = tl.load(scale + c, mask=c < channels, other=0.0)[None, :]
     t = tl.load(shift + c, mask=c < channels, other=0.0)[None, :]
     sums = tl.zeros([ROWS, WIDE], tl.float32)
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    _begin(OVERLAP)
     for at in range(0, pixels, ROWS):
         pixel = at + tl.arange(0, ROWS)
         mask = (pixel < pixels)[:, None] & (c < channels)[None, :]
@@ -640,7 +642,7 @@ def mean_plainly(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def mean(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """The mean over all pixels after batch norm and rectifier, ``[batch, channels]``."""
-    if not triton_runs_on(x.device) or x.dtype == torch.float64:
+    if not _is_for_kernels(x):
         return mean_plainly(x, scale, shift)
     batch, height, across, channels = x.shape
     y = x.new_empty(batch, channels)
@@ -654,9 +656,7 @@ def mean(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["height", "across", "out_height", "out_across", "rows"])
 def _pool(image, scale, bias, y, rows, height, across, out_height, out_across, channels, out_stride,
           ROWS: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    _begin(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, WIDE)
     sample, pixel = row // (out_height * out_across), row % (out_height * out_across)
@@ -693,7 +693,7 @@ def pool(image: Tensor, scale: Tensor, bias: Tensor, y: Tensor) -> None:
         bias: The same.
         y: ``[batch, (height + 1) // 2, (width + 1) // 2, channels]`` features, whose first channels are written.
     """
-    if not triton_runs_on(y.device) or y.dtype == torch.float64:
+    if not _is_for_kernels(y):
         return pool_plainly(image, scale, bias, y)
     channels, height, across = image.shape[1:]
     rows = y.shape[:3].numel()

@@ -7,14 +7,13 @@ borders agree, that is all; if they do not, the pass is run once more without it
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+from lit_parallel.cuda_graphs import capturing
 from lit_parallel.kernels.recurrent import KernelChain
 from lit_parallel.recurrent.cells import Layer
 from lit_parallel.recurrent.chain import Chain
@@ -59,12 +58,8 @@ class CapturedPass:
         torch.cuda.synchronize(self._device)
         if torch.cuda.mem_get_info(self._device)[0] < 2 * task.memory():
             torch.cuda.empty_cache()  # not always: what the next step gets would move
-        with _no_garbage_collection(), torch.cuda.stream(torch.cuda.Stream(self._device)):  # the default one may be
-            self._graph.capture_begin(capture_error_mode="thread_local")  # another device's
-            try:
-                self._run(_with_tensors(task, self._read.instead_of(_tensors(task))), _given(results))
-            finally:
-                self._graph.capture_end()
+        with capturing(self._graph, torch.cuda.Stream(self._device)):
+            self._run(_with_tensors(task, self._read.instead_of(_tensors(task))), _given(results))
 
     def _run(self, task: LayerPass, results: list[Tensor]) -> None:
         into = self._written.instead_of(results)
@@ -163,18 +158,6 @@ class _Places:
             (x.shape, x.dtype) if i in self._own else (x.data_ptr(), x.stride(), x.shape, x.dtype)
             for i, x in enumerate(tensors)
         ]
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """While a graph is captured, none may be destroyed, as one of a module that is no longer used would be."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
