@@ -32,8 +32,8 @@ def sample(config: Any) -> Any:
     from lit_parallel.runs import new_run_folder, newest_checkpoint, run_folder_of
     from lit_parallel.sampling.given import load_given
     from lit_parallel.sampling.predict import PartWriter, SampleIndices, SamplingModule
-    from lit_parallel.sampling.sampler import Sampler, What
-    from lit_parallel.tracking import build_logger, finish, how_to_look, log_sampling
+    from lit_parallel.sampling.sampler import What, check_sampler
+    from lit_parallel.tracking import build_logger, finish, how_to_look, log_choice, log_sampling
     from lit_parallel.trainer import build_trainer, check_sampling, check_trainer, lightning_refusals
 
     keep_sums_whole()
@@ -56,7 +56,7 @@ def sample(config: Any) -> Any:
             data.prepare_data()
         test_images = data.test_images()
     what = What(config.seed, config.sampling, load_given(config.inpaint, model.image_shape, test_images))
-    Sampler(model, config.solver, 1, what)
+    check_sampler(model, config.solver, what)
     experiment = trained.experiment
     folder = Path(config.output) if config.output else run_folder_of(checkpoint)
     folder = folder or new_run_folder(config.runs_folder, experiment)
@@ -81,11 +81,14 @@ def sample(config: Any) -> Any:
         trainer.strategy.barrier("all parts are written")
         if not trainer.is_global_zero:
             return None
-        results = write_results(config, model.to(device), what, writer.folder, folder, checkpoint, module.totals)
+        results = write_results(
+            config, model.to(device), what, writer.folder, folder, checkpoint, module.totals, module.choice
+        )
         rows = [measurement.row() for measurement in results.measurements]
         log_sampling(
             logger, results.solution, results.images, rows, results.wall_clock_speedup, pictures=results.pictures
         )
+        log_choice(logger, module.choice)
     finally:
         finish(logger)
     print_table(results.measurements, title=results.title)
@@ -96,7 +99,7 @@ def sample(config: Any) -> Any:
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    from lit_parallel.cli import parse_arguments
+    from lit_parallel.cli import messages_shown, parse_arguments
     from lit_parallel.config import SampleConfig
 
     config = parse_arguments(
@@ -111,7 +114,8 @@ def main(argv: Sequence[str]) -> None:
         ],
     )
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sample(config)
+    with messages_shown():
+        sample(config)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +51,7 @@ def train(config: Any) -> TrainResult:
     from lit_parallel.errors import UserError
     from lit_parallel.modules.autoregressive import AutoregressiveModule
     from lit_parallel.runs import new_run_folder
-    from lit_parallel.sampling.sampler import Sampler, What
+    from lit_parallel.sampling.sampler import What, check_sampler
     from lit_parallel.tracking import build_logger, finish, how_to_look
     from lit_parallel.trainer import build_trainer, check_trainer, lightning_refusals
 
@@ -71,7 +69,7 @@ def train(config: Any) -> TrainResult:
     model.load_initial_weights()
     model.compile_network = config.compile
     if isinstance(model, AutoregressiveModule) and config.callbacks.sample_grid.enabled:
-        Sampler(model, config.solver, 1, What(config.seed, config.sampling))
+        check_sampler(model, config.solver, What(config.seed, config.sampling))
     build_training_callbacks(config, Path(), model)
     folder = new_run_folder(config.runs_folder, config.experiment)
     logger = build_logger(
@@ -231,25 +229,9 @@ def _report(result: TrainResult, hints: list[str]) -> None:
         print(line)
 
 
-@contextlib.contextmanager
-def _messages_shown() -> Iterator[None]:
-    """Show what is logged about the run, such as which solver was chosen; by the first process only."""
-    from pytorch_lightning.utilities import rank_zero_only
-
-    logger, handler = logging.getLogger("lit_parallel"), logging.StreamHandler()
-    level = logger.level
-    logger.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.CRITICAL)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    from lit_parallel.cli import parse_arguments
+    from lit_parallel.cli import messages_shown, parse_arguments
     from lit_parallel.config import TrainConfig
 
     config = parse_arguments(
@@ -265,7 +247,7 @@ def main(argv: Sequence[str]) -> None:
         default_config=DEFAULT_CONFIG,
     )
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with _messages_shown():
+    with messages_shown():
         train(config)
 
 

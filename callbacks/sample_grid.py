@@ -1,5 +1,6 @@
 """Draws samples while a model trains, with the solver it will be sampled with."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class SampleGrid(pl.Callback):
         if not trainer.is_global_zero or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
         images, solution = sample(pl_module, self.num_samples, solver=self.solver, seed=self.seed, options=self.options)
+        self.solver = dataclasses.replace(self.solver, remeasure=False)  # auto measures for the first grid only
         if not solution.all_solved:
             rank_zero_warn(f"sample grid of epoch {trainer.current_epoch}: {solution.summary()['status']}")
         numbers = solution.summary()

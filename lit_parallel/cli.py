@@ -1,14 +1,16 @@
 """The command line of train.py and sample.py: flags, ``key=value`` overrides, and help made from the schema."""
 
+import contextlib
 import difflib
 import functools
 import importlib.metadata
 import inspect
 import json
+import logging
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,6 +133,22 @@ def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
         _complain(f"error: {error.strerror or first_line(error)}: '{error.filename or 'is the disk full?'}'")
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def messages_shown() -> Iterator[None]:
+    """Show what is logged about the run, such as which solver was chosen; by the first process only."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    logger, handler = logging.getLogger("lit_parallel"), logging.StreamHandler()
+    level = logger.level
+    logger.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.CRITICAL)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _is_first_process() -> bool:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_parallel.config import SampleConfig, to_container
+from lit_parallel.environment import environment
 from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.pictures import Strip, iteration_map_figure, strip_iterations, strips_figure
 from lit_parallel.plots import Convergence, convergence_figure, save_figure, save_image_grid
 from lit_parallel.runs import short_path
+from lit_parallel.sampling.auto import Choice
 from lit_parallel.sampling.compare import Measurement, Trace, compare, trace
 from lit_parallel.sampling.predict import read_parts
 from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL, Sampler, What
@@ -84,6 +83,7 @@ def write_results(
     folder: Path,
     checkpoint: Path,
     totals: dict[str, Any],
+    choice: Choice | None = None,
 ) -> SamplingResults:
     """Join what the processes wrote, measure the baselines on the first batch, and write report and pictures.
 
@@ -97,7 +97,9 @@ def write_results(
         folder: The run folder.
         checkpoint: What the model was loaded from.
         totals: Iterations and iteration speedup over all processes, reduced by their metrics.
+        choice: What ``solver.name=auto`` chose.
     """
+    solver = config.solver if choice is None else choice.solver
     images, solution = read_parts(parts, config.num_samples)
     batch_size = min(config.batch_size, config.num_samples)
     first_batch = list(range(batch_size))
@@ -107,28 +109,28 @@ def write_results(
     baselines = [name for name in config.compare.baselines if name != CACHED_SEQUENTIAL or model.incremental]
     measurements = compare(
         model,
-        [] if config.solver.name in baselines else [config.solver],
+        [] if solver.name in baselines else [solver],
         baselines,
         batch_size=batch_size,
         what=what,
         indices=first_batch,
         repeats=config.compare.repeats,
     )
-    measurements.sort(key=lambda measurement: measurement.solver != config.solver.name)  # the chosen one first
+    measurements.sort(key=lambda measurement: measurement.solver != solver.name)  # the chosen one first
     exact = next((m.solution for m in measurements if m.solver == "sequential"), None)
     if exact is None:
         first = measurements[0].solution
         exact = first if first.certified.all() else Sampler(model, "sequential", batch_size, what).batch(first_batch)[1]
     pixel_map = measurements[0].pixel_map
     if pixel_map is not None and measurements[0].solution.all_solved:
-        figure = iteration_map_figure(images[:batch_size], pixel_map, exact.length, config.solver.name)
+        figure = iteration_map_figure(images[:batch_size], pixel_map, exact.length, solver.name)
         save_figure(figure, kept / "iterations.png")
     if config.compare.curves:
-        others = [name for name in config.compare.curves_of if name != config.solver.name]
-        solvers: list[SolverOptions | str] = [config.solver, *others]
+        others = [name for name in config.compare.curves_of if name != solver.name]
+        solvers: list[SolverOptions | str] = [solver, *others]
         traces = [
-            trace(model, solver, batch_size=batch_size, what=what, indices=first_batch, exact=exact.value)
-            for solver in solvers
+            trace(model, each, batch_size=batch_size, what=what, indices=first_batch, exact=exact.value)
+            for each in solvers
         ]
         curves = [Convergence(each.solver, each.error, each.change) for each in traces]
         save_figure(convergence_figure(curves, exact.length), kept / "convergence.png")
@@ -146,6 +148,7 @@ def write_results(
         "config": to_container(config),
         "environment": facts,
         "certified": bool(solution.certified.all()),
+        "solver": _solver_report(solver) if choice is None else choice.report(),
         "solution": solution.summary(),
         "all_processes": totals if solution.all_solved and not solution.given else totals | {"iteration_speedup": None},
         "comparison": {"what": title, "rows": [measurement.row() for measurement in measurements]},
@@ -163,6 +166,10 @@ def write_results(
         notes.insert(1, "not compared with cached sequential sampling: no evaluation of this model from caches here")
         notes.insert(2, "every iteration of every solver is one full pass of the network, whatever the work says")
     return SamplingResults(folder, images, solution, measurements, report, title, notes)
+
+
+def _solver_report(solver: SolverOptions) -> dict[str, Any]:
+    return {"asked": solver.name, "chosen": {"name": solver.name, "window": solver.window}}
 
 
 def _strip(each: Trace) -> Strip:
@@ -186,36 +193,6 @@ def _notes(solution: Solution, folder: Path, kept: Path) -> list[str]:
     lines.append(f"numbers:  {folder / 'report.json'}")
     lines.append(f"kept in:  {kept} (with the images as a tensor)")
     return lines
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """The device and the versions that a number belongs to."""
-    names = ("lit-parallel", "torch", "pytorch-lightning", "numpy")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    facts: dict[str, Any] = {
-        "device": device.type,
-        "device_name": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-    if device.type == "cuda":
-        facts["device_name"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = torch.version.cuda
-    return facts
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):  # there is no such file but on Linux
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def per_sample(solution: Solution) -> dict[str, list[Any]]:

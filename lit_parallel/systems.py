@@ -88,20 +88,27 @@ class TriangularSystem(ABC):
         batch_size: Number of samples.
         device: Where the iterate lives.
         window: How many equations a sliding window should hold when the user names none.
+        windows: Sizes of the window that are worth measuring, where the fastest is looked for.
         block_size: How many equations a block of Jacobi-GS should hold when the user names none.
         tolerance: Below which change an equation counts as unchanged when the user says nothing; 0: exact equality.
         unroll: Whether a predetermined sweep is captured as one CUDA graph of T different evaluations. Otherwise one
             evaluation is captured, which gets its equation as a tensor, and replayed T times.
+        self_paced: Whether an evaluation that runs to the end replays CUDA graphs of its own: the loop captures none.
     """
 
     length: int
     batch_size: int
     device: torch.device
     unroll: bool = True
+    self_paced: bool = False
 
     @property
     def window(self) -> int:
         return max(1, -(-self.length // 8))
+
+    @property
+    def windows(self) -> list[int]:
+        return [self.window]
 
     @property
     def block_size(self) -> int:

@@ -19,6 +19,7 @@ from lit_parallel.config import WandbOptions
 from lit_parallel.errors import UserError, one_line
 from lit_parallel.plots import image_grid
 from lit_parallel.runs import short_path
+from lit_parallel.sampling.auto import Choice
 from lit_parallel.solution import Solution
 
 _INIT_SECONDS = 60.0
@@ -148,11 +149,23 @@ def log_sampling(
     for name, path in (pictures or {}).items():
         run.log({name: wandb.Image(str(path))})
     if rows:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        table = wandb.Table(
-            columns=[*columns], data=[[row.get(column) for column in columns] for row in rows], allow_mixed_types=True
-        )
-        run.log({"solvers": table})
+        run.log({"solvers": _table(rows)})
+
+
+@rank_zero_only
+def log_choice(logger: WandbLogger | None, choice: Choice | None) -> None:
+    """Log what ``solver.name=auto`` chose, as ``solver_chosen`` in the run's config, and all that was measured."""
+    if logger is None or choice is None:
+        return
+    report = choice.report()
+    logger.experiment.config.update({"solver_chosen": report["chosen"]})
+    logger.experiment.log({"solver_candidates": _table(report["candidates"])})
+
+
+def _table(rows: list[dict[str, Any]]) -> wandb.Table:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    data = [[row.get(column) for column in columns] for row in rows]
+    return wandb.Table(columns=[*columns], data=data, allow_mixed_types=True)
 
 
 def _bins(iterations: np.ndarray) -> np.ndarray:

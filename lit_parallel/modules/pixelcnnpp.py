@@ -16,6 +16,7 @@ from lit_parallel.networks.pixelcnnpp import STRIDE
 from lit_parallel.sampling.autoregressive import AutoregressiveSystem, Given
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.sampling.pixelcnnpp import IncrementalPixelCNNppSystem
+from lit_parallel.sampling.pixelcnnpp_fused import FusedPixelCNNppSystem
 from lit_parallel.systems import TriangularSystem
 
 
@@ -63,15 +64,20 @@ class PixelCNNppModule(ConditionalModule):
 
     @property
     def incremental(self) -> bool:  # type: ignore[override]
-        """Not with another network in this one's place; on a GPU not yet, for want of one graph for all positions."""
-        return type(self.network) is PixelCNNpp and self.device.type == "cpu"
+        """Not with another network in this one's place."""
+        return type(self.network) is PixelCNNpp
 
     def sampling_system(
         self, batch_size: int, *, incremental: bool, options: SamplingOptions | None = None, given: Given | None = None
     ) -> TriangularSystem:
         plain = super().sampling_system(batch_size, incremental=False, options=options, given=given)
         assert isinstance(plain, AutoregressiveSystem)
-        return IncrementalPixelCNNppSystem(plain) if incremental and self.incremental else plain
+        if not (incremental and self.incremental):
+            return plain
+        if FusedPixelCNNppSystem.covered(plain):
+            return FusedPixelCNNppSystem(plain)
+        # On a GPU full passes are faster than layer after layer, each with what it remembers.
+        return IncrementalPixelCNNppSystem(plain) if self.device.type == "cpu" else plain
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

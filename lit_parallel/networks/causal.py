@@ -34,6 +34,8 @@ class CausalConv2d(nn.Conv2d):
     """
 
     as_product: bool = False
+    kernel_size: tuple[int, int]
+    bias: nn.Parameter
 
     def __init__(
         self,
@@ -72,6 +74,8 @@ class CausalConvTranspose2d(nn.ConvTranspose2d):
     """
 
     as_product: bool = False
+    kernel_size: tuple[int, int]
+    bias: nn.Parameter
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ order through short-cut connections (figure 2 of the paper).
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ Streams = tuple[Tensor | None, Tensor | None]
 RESOLUTIONS = 3
 STRIDE = 2 ** (RESOLUTIONS - 1)
 """Height and width of an image must be multiples of this."""
+
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class PixelCNNpp(nn.Module):
@@ -82,15 +85,14 @@ class PixelCNNpp(nn.Module):
         x = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
         down = _shift_down(self.rows_above(x))
         down_right = _shift_down(self.row_above(x)) + _shift_right(self.left(x))
-        return self.walk((down, down_right), WholeImages(labels))
+        return self.head(self.walk((down, down_right), WholeImages(labels)))
 
-    def walk(self, streams: Streams, visitor: Visitor, surround: Surround | None = None) -> Tensor:
-        """From the first features to the output, through every layer in between.
+    def walk(self, streams: Streams, visitor: Visitor) -> Tensor:
+        """From the first features to the last ones of the down-right stream, through every layer in between.
 
         Args:
             streams: The first features, of the image or of a part of it.
             visitor: Evaluates a layer, or knows that it need not.
-            surround: For the last layer, see :class:`~lit_parallel.networks.causal.CausalConv2d`.
         """
         features = [streams]
         for level, block in enumerate(self.encoder):
@@ -107,7 +109,16 @@ class PixelCNNpp(nn.Module):
                 streams = visitor.upsample(level, self.upsample[number], streams)  # type: ignore[arg-type]
         _, down_right = streams
         assert down_right is not None
-        return self.output(F.elu(down_right), surround)
+        return down_right
+
+    def head(self, features: Tensor, surround: Surround | None = None) -> Tensor:
+        """From the last features to the output, pixel by pixel.
+
+        Args:
+            features: ``[batch, filters, rows, columns]``, of the image or of a part of it.
+            surround: See :class:`~lit_parallel.networks.causal.CausalConv2d`.
+        """
+        return self.output(F.elu(features), surround)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, filters={self.filters}, resnets={self.resnets}"
@@ -253,10 +264,10 @@ def _shift_right(x: Tensor) -> Tensor:
     return F.pad(x, (1, 0, 0, 0))[:, :, :, :-1]
 
 
-def _normalised(layer: nn.Module) -> nn.Module:
+def _normalised(layer: _Layer) -> _Layer:
     """Weight normalisation per output channel (Salimans and Kingma, 2016, https://arxiv.org/abs/1602.07868)."""
     assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
     assert layer.bias is not None
     nn.init.normal_(layer.weight, std=0.05)
     nn.init.zeros_(layer.bias)
-    return weight_norm(layer, dim=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
+    return cast(_Layer, weight_norm(layer, dim=1 if isinstance(layer, nn.ConvTranspose2d) else 0))

@@ -33,6 +33,10 @@ class FusedMadeSystem(IncrementalMadeSystem):
         """Whether the kernel can sample this network here."""
         return len(network.weights) == 2 and noise.dtype == torch.float32 and triton_runs_on(noise.device)
 
+    @property
+    def windows(self) -> list[int]:
+        return [WINDOW, WINDOW // 2, LARGEST_WINDOW]
+
     def prepare(self, solver: object, limit: int, *, exact: bool, record_residual: bool) -> bool:
         self._kernel = None
         if isinstance(solver, GSJacobi) and exact and self.covers(self.network, self.noise):

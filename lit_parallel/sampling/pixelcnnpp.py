@@ -190,6 +190,10 @@ class IncrementalPixelCNNppSystem(TriangularSystem):
         return min(self.length, STRIDE * self.image[1])  # measured on a CPU, which pays for every row
 
     @property
+    def windows(self) -> list[int]:
+        return [rows * self.image[1] for rows in range(STRIDE, 4 * STRIDE + 1, STRIDE) if rows <= self.image[0]]
+
+    @property
     def block_size(self) -> int:
         return self.plain.block_size
 
@@ -254,7 +258,7 @@ class IncrementalPixelCNNppSystem(TriangularSystem):
     def _evaluate(self, x: Tensor, part: Part) -> Tensor:
         """The conditionals' parameters in a part, ``[batch, width, num_parameters]``, from an iterate."""
         with arithmetic(self.plain.options.precision):
-            parameters = self.network.walk(self._first_features(x, part), part, _as_it_is)
+            parameters = self.network.head(self.network.walk(self._first_features(x, part), part), _as_it_is)
         return parameters.flatten(2).transpose(1, 2).to(self.plain.dtype)
 
     def _first_features(self, x: Tensor, part: Part) -> Streams:

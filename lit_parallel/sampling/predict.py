@@ -19,9 +19,10 @@ from lit_parallel.data.split_data import as_it_is
 from lit_parallel.errors import UserError, one_line
 from lit_parallel.metrics import Iterations, Speedup
 from lit_parallel.modules.autoregressive import AutoregressiveModule
+from lit_parallel.sampling.auto import Choice, choose
 from lit_parallel.sampling.sampler import Sampler, What, batches
 from lit_parallel.solution import Solution, Status, concatenate
-from lit_parallel.solvers import SolverOptions
+from lit_parallel.solvers import AUTO, SolverOptions
 
 
 class SamplingModule(pl.LightningModule):
@@ -32,6 +33,10 @@ class SamplingModule(pl.LightningModule):
         solver: How to sample.
         batch_size: Samples per batch; shorter batches are padded.
         what: Seed and options of what is sampled.
+
+    Attributes:
+        choice: What ``auto`` chose, once sampling has begun; the same in every process.
+        totals: Iterations and iteration speedup over all processes, once it has ended.
     """
 
     def __init__(self, model: AutoregressiveModule, solver: SolverOptions, batch_size: int, what: What) -> None:
@@ -40,12 +45,20 @@ class SamplingModule(pl.LightningModule):
         self.solver, self.batch_size, self.what = solver, batch_size, what
         self.iterations = Iterations()
         self.iteration_speedup = Speedup()
+        self.choice: Choice | None = None
         self.totals: dict[str, Any] = {}
         self._sampler: Sampler | None = None
 
     def on_predict_start(self) -> None:
         # Only now are the weights on their device and in their precision.
-        self._sampler = Sampler(self.model, self.solver, self.batch_size, self.what, record_residual=True)
+        solver = self.solver
+        if solver.name == AUTO:
+            first = self.trainer.is_global_zero
+            choice = choose(self.model, solver, self.batch_size, self.what) if first else None
+            self.choice = self.trainer.strategy.broadcast(choice)
+            assert self.choice is not None
+            solver = self.choice.solver
+        self._sampler = Sampler(self.model, solver, self.batch_size, self.what, record_residual=True)
 
     def predict_step(self, batch: list[int], batch_index: int) -> tuple[Tensor, Solution] | None:
         assert self._sampler is not None

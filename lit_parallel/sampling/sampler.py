@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ from lit_parallel.options import MAX_SEED, check_options
 from lit_parallel.sampling.autoregressive import Given
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.solution import Solution, concatenate
-from lit_parallel.solvers import SOLVER_NAMES, Sequential, Solver, SolverLoop, SolverOptions, Stopping, build_solver
+from lit_parallel.solvers import AUTO, SOLVER_NAMES, SolverLoop, SolverOptions, Stopping, build_solver
 from lit_parallel.solvers.loop import Observer
 from lit_parallel.systems import TriangularSystem
 
@@ -62,7 +62,9 @@ class Sampler:
 
     Args:
         model: The model, on its device, with the weights to use.
-        solver: ``SolverOptions``, or the name of a solver, or ``"cached_sequential"``.
+        solver: ``SolverOptions``, or the name of a solver; ``"cached_sequential"``, which as a name alone is the
+            ordinary algorithm without a certificate; or ``"auto"``, the fastest here as measured (or as kept from an
+            earlier measurement, see :mod:`lit_parallel.sampling.auto`).
         batch_size: Samples per batch.
         what: Seed and options of what is sampled, or the seed alone.
         record_residual: Keep the largest change of every iteration.
@@ -81,31 +83,34 @@ class Sampler:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         what = What(what) if isinstance(what, int) else what
         check_options(what.options, "sampling")
-        options = SolverOptions(name=solver) if isinstance(solver, str) and solver != CACHED_SEQUENTIAL else solver
-        if not isinstance(options, str) and options.name not in SOLVER_NAMES:
-            raise UserError(
-                f"unknown solver '{options.name}'.{did_you_mean(options.name, [*SOLVER_NAMES, CACHED_SEQUENTIAL])}"
-            )
-        if options == CACHED_SEQUENTIAL and not model.incremental:
+        options = as_options(solver)
+        if options.name == AUTO:
+            from lit_parallel.sampling.auto import choose  # which makes samplers to measure them
+
+            options = choose(model, options, batch_size, what).solver
+        cached = options.name == CACHED_SEQUENTIAL
+        if cached and not model.incremental:
             raise UserError(
                 f"{type(model).__name__} has no evaluation from caches: leave {CACHED_SEQUENTIAL} out of "
                 "compare.baselines."
             )
         self.model, self.batch_size, self.seed, self.given = model, batch_size, what.seed, what.given is not None
-        schedule: Solver
-        if isinstance(options, str):  # cached sequential: the ordinary algorithm needs no certificate
-            self.name, schedule, options = options, Sequential(), SolverOptions(name="sequential", certify=False)
-        else:
-            self.name, schedule = options.name, build_solver(options)
-        incremental = self.name in (CACHED_SEQUENTIAL, "gs_jacobi")
+        self.name = options.name
+        schedule = build_solver(replace(options, name="sequential") if cached else options)
+        incremental = cached or self.name == "gs_jacobi"
         self.system = model.sampling_system(batch_size, incremental=incremental, options=what.options, given=what.given)
+        if cached and self.system.reference() is self.system:  # full passes
+            raise UserError(
+                f"on this device there is no evaluation from caches of {type(model).__name__} with these sampling "
+                f"options: leave {CACHED_SEQUENTIAL} out, or set sampling.precision=full and another coupling."
+            )
         tolerance = self.system.tolerance if options.absolute_tolerance is None else options.absolute_tolerance
         self.loop = SolverLoop(
             self.system,
             schedule,
             Stopping(options.max_iterations, tolerance, options.relative_tolerance),
             # Plain sequential evaluation is the definition: nothing to certify.
-            certify=options.certify and not schedule.predetermined,
+            certify=options.certify and self.name != "sequential",
             record_residual=record_residual,
             cuda_graph=options.cuda_graph,
         )
@@ -142,6 +147,31 @@ class Sampler:
         return self.model.pixel_map(self.system, solution.final_iteration).cpu()
 
 
+def as_options(solver: SolverOptions | str) -> SolverOptions:
+    """The options that a solver's name alone stands for.
+
+    Raises:
+        UserError: If there is no such solver.
+    """
+    if isinstance(solver, str):
+        solver = SolverOptions(name=solver, certify=solver != CACHED_SEQUENTIAL)
+    known = (AUTO, *SOLVER_NAMES, CACHED_SEQUENTIAL)
+    if solver.name not in known:
+        raise UserError(f"unknown solver '{solver.name}'.{did_you_mean(solver.name, known)}")
+    return solver
+
+
+def check_sampler(model: SamplingModel, solver: SolverOptions | str, what: What) -> None:
+    """Raise the `UserError` that a :class:`Sampler` would raise; nothing is measured."""
+    options = as_options(solver)
+    if options.name == AUTO:
+        from lit_parallel.sampling.auto import check
+
+        check(options)
+        options = SolverOptions()
+    Sampler(model, options, 1, what)
+
+
 def batches(num_samples: int, batch_size: int) -> Iterator[list[int]]:
     """Sample indices in batches; which batch an index is in depends on nothing but the batch size."""
     for start in range(0, num_samples, batch_size):
@@ -163,7 +193,7 @@ def sample(
     Args:
         model: The model, on the device to use.
         num_samples: How many images.
-        solver: ``SolverOptions`` or the name of a solver.
+        solver: ``SolverOptions`` or the name of a solver; ``"auto"`` measures which is the fastest here.
         seed: Image i of a seed is the same for every solver and batch size (between batch sizes up to the rounding
             of the matrix products).
         batch_size: Images per batch; by default 64, or all if there are fewer.

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_parallel.solvers.books import Stopping
     from lit_parallel.solvers.loop import SolverLoop, solve
-    from lit_parallel.solvers.options import SOLVER_NAMES, SolverOptions
+    from lit_parallel.solvers.options import AUTO, SOLVER_NAMES, SolverOptions
     from lit_parallel.solvers.schedules import GSJacobi, Jacobi, JacobiGS, Sequential, Solver, build_solver
 
 _HOMES = {
     "Stopping": "books",
     "SolverLoop": "loop",
     "solve": "loop",
+    "AUTO": "options",
     "SOLVER_NAMES": "options",
     "SolverOptions": "options",
     "GSJacobi": "schedules",
@@ -23,6 +24,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AUTO",
     "SOLVER_NAMES",
     "GSJacobi",
     "Jacobi",

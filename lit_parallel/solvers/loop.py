@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_parallel.cuda_graphs import capturing
 from lit_parallel.solution import Solution, Status
 from lit_parallel.solvers.books import FAILED, LIMIT, RUNNING, SETTLED, SOLVED, Books, Stopping
+from lit_parallel.solvers.polling import replay_until_finished
 from lit_parallel.solvers.schedules import Jacobi, Solver
 from lit_parallel.systems import Equations, Evaluation, TriangularSystem
 
@@ -56,6 +58,7 @@ class SolverLoop:
         self.limit = min(self.stopping.max_iterations or system.length, system.length)
         self.record_residual = record_residual and not solver.predetermined
         self.cuda_graph = cuda_graph and system.device.type == "cuda"
+        self._may_pace_itself = cuda_graph  # a system that replays graphs of its own must not where none are wanted
         self._fused = False
         self._state: Any = None
         self._books: Books | None = None
@@ -72,15 +75,17 @@ class SolverLoop:
             observer: Called with every iterate; slow (it runs eagerly), meant for pictures.
         """
         began = time.perf_counter()
-        graphed = self.cuda_graph and observer is None
         if self._books is None:
-            self._fused = observer is None and self.system.prepare(
+            willing = observer is None and (self._may_pace_itself or not self.system.self_paced)
+            self._fused = willing and self.system.prepare(
                 self.solver, self.limit, exact=self.stopping.exact, record_residual=self.record_residual
             )
             self._state = self.system.new_state()
             self._books = Books(self.system, self.limit, exact=self.stopping.exact, record=self.record_residual)
         if observer is not None and self._fused:
             raise ValueError("this loop solves in one evaluation and has no iterates to observe: make a new loop")
+        at_once = self._fused and self.system.self_paced
+        graphed = self.cuda_graph and observer is None and not at_once
         if graphed and self._graph is None:
             self._capture()
         self._synchronize()
@@ -90,6 +95,8 @@ class SolverLoop:
         self._restart(start)
         if graphed:
             self._replay()
+        elif at_once:
+            self._iteration()
         else:
             self._iterate(observer)
         self._synchronize()
@@ -160,8 +167,10 @@ class SolverLoop:
             if self.solver.predetermined and not self.system.unroll:
                 self._predetermined_device_iteration()
         torch.cuda.current_stream(self.system.device).wait_stream(stream)
+        self._synchronize()
+        torch.cuda.empty_cache()  # the graph keeps memory of its own
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing(graph, stream):
             if self.solver.predetermined and self.system.unroll:
                 self._sweep()
             elif self.solver.predetermined:
@@ -180,17 +189,7 @@ class SolverLoop:
             for _ in range(self.limit):
                 self._graph.replay()
             return
-        seen = self._flag.numpy()
-        for launched in range(1, self.limit + 1):
-            self._graph.replay()
-            # One iteration may run ahead of the flag, so the GPU never waits for the host.
-            patience = 0
-            while seen[0] // 2 < launched - 1 and not seen[0] % 2:
-                patience += 1
-                if patience % 100_000 == 0 and torch.cuda.current_stream(self.system.device).query():
-                    break  # the stream is idle: the flag is as new as it gets (and a CUDA error has been raised)
-            if seen[0] % 2:
-                return
+        replay_until_finished(self._graph.replay, self._flag, self.limit, self.system.device)
 
     def _synchronize(self) -> None:
         if self.system.device.type == "cuda":

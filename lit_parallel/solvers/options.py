@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from lit_parallel.options import option
 
 SOLVER_NAMES = ("sequential", "jacobi", "jacobi_gs", "gs_jacobi")
+AUTO = "auto"
+"""Not a solver: the fastest one for sampling a model here, as measured."""
 
 
 @dataclass
 class SolverOptions:
     """Which solver, its block or window, and when to stop."""
 
-    name: str = option("gs_jacobi", "the schedule of equations", choices=SOLVER_NAMES)
+    name: str = option(
+        "gs_jacobi", "the schedule of equations (auto: the fastest here, as measured)", choices=(AUTO, *SOLVER_NAMES)
+    )
     block_size: int | None = option(
         None, "jacobi_gs: equations per block (null: the system's choice, such as a row)", minimum=1
     )
@@ -30,3 +34,5 @@ class SolverOptions:
     relative_tolerance: float = option(0.0, "the same, relative to the size of the value", minimum=0)
     certify: bool = option(True, "confirm the result by one full reference evaluation; go on until it is confirmed")
     cuda_graph: bool = option(True, "on a GPU, replay one captured CUDA graph per iteration")
+    measure_seconds: float = option(20.0, "auto: after so many seconds the fastest so far is taken", above=0)
+    remeasure: bool = option(False, "auto: measure again, whatever an earlier measurement has left in the user's cache")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_parallel.errors import UserError, did_you_mean
-from lit_parallel.solvers.options import SOLVER_NAMES, SolverOptions
+from lit_parallel.solvers.options import AUTO, SOLVER_NAMES, SolverOptions
 from lit_parallel.systems import Equations, TriangularSystem
 
 
@@ -110,12 +110,18 @@ def build_solver(options: SolverOptions) -> Solver:
     Raises:
         UserError: If the name is unknown, or an option belongs to another solver.
     """
+    if options.name == AUTO:
+        raise UserError(f"solver auto is for sampling a model: name one of {', '.join(SOLVER_NAMES)}")
     if options.name not in SOLVER_NAMES:
         raise UserError(f"unknown solver '{options.name}'.{did_you_mean(options.name, SOLVER_NAMES)}")
     if options.block_size is not None and options.name != "jacobi_gs":
         raise UserError(f"solver.block_size belongs to jacobi_gs, not to {options.name}: leave it out")
     if options.window is not None and options.name != "gs_jacobi":
         raise UserError(f"solver.window belongs to gs_jacobi, not to {options.name}: leave it out")
+    default = SolverOptions()
+    for name in ("measure_seconds", "remeasure"):
+        if getattr(options, name) != getattr(default, name):
+            raise UserError(f"solver.{name} belongs to auto, not to {options.name}: leave it out")
     solvers: dict[str, Solver] = {
         "sequential": Sequential(),
         "jacobi": Jacobi(),

@@ -1,0 +1,172 @@
+"""Whole passes of the fused PixelCNN++ sampler: here through the plain functions beside its kernels, and on a GPU."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_models import pixel_by_pixel, pixelcnnpp
+
+from lit_parallel.errors import UserError
+from lit_parallel.sampling.autoregressive import Given
+from lit_parallel.sampling.options import SamplingOptions
+from lit_parallel.sampling.pixelcnnpp_fused import FusedPixelCNNppSystem, PixelSweep, WindowSweep
+from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL, Sampler, What, sample
+from lit_parallel.solution import Status
+from lit_parallel.solvers import GSJacobi, SolverLoop, SolverOptions
+
+BATCH = 3
+SHAPES = [(1, 8, 8), (3, 12, 8)]
+COUPLINGS = ["gumbel", "inverse_cdf", "mixture_8bit"]
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@pytest.fixture(autouse=True)
+def _covered(monkeypatch, request):
+    """Let the system take its own way on a CPU, too."""
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("device") == "cpu":
+        monkeypatch.setattr(FusedPixelCNNppSystem, "covered", staticmethod(lambda plain: True))
+
+
+def plain_system(model, batch=BATCH, given=None, **options):
+    system = model.sampling_system(batch, incremental=False, options=SamplingOptions(**options), given=given)
+    model.load_noise(system, 0, list(range(batch)))
+    return system
+
+
+@devices
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize("slots", [1, 2, 3, 5])
+def test_a_sweep_iterates_as_the_solver_loop_does(device, shape, rows, slots):
+    torch.manual_seed(0)
+    model = pixelcnnpp(shape).to(device)
+    plain = plain_system(model)
+    loop = SolverLoop(plain, GSJacobi(rows * shape[2]), certify=True)
+    expected = loop.run()
+    sweep = WindowSweep(plain, rows, slots, plain.length, record_residual=True)
+    for _ in range(2):  # the second time from what the first one left behind
+        sweep.x.copy_(plain.guess)
+        books = sweep.run()
+        assert torch.equal(sweep.x, expected.value)
+        assert books.frontier.tolist() == [plain.length] * BATCH
+        assert not books.failed.any()
+        assert (books.iterations <= plain.length).all()
+        assert (books.evaluations == books.iterations * rows * shape[2]).all()
+        assert int(books.changed_in.max()) < int(books.iterations.max()) + 1
+        assert not books.residual[int(books.iterations.max()) :].any()
+    assert not (sweep.windows.sample >= 0).any()
+
+
+@devices
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sweep_by_pixels_is_sequential_sampling(device, shape):
+    torch.manual_seed(0)
+    model = pixelcnnpp(shape).to(device)
+    plain = plain_system(model)
+    sweep = PixelSweep(plain)
+    for _ in range(2):
+        sweep.x.copy_(plain.guess)
+        sweep.run()
+        if device == "cpu":
+            expected = pixel_by_pixel(model, list(range(BATCH)))
+        else:
+            expected, _ = Sampler(model, "sequential", BATCH).batch([0, 1, 2])
+        assert torch.equal(plain.images(sweep.x), expected)
+
+
+@devices
+def test_a_sweep_by_pixels_stops_at_its_limit(device):
+    torch.manual_seed(0)
+    model = pixelcnnpp((1, 8, 8)).to(device)
+    options = SolverOptions(name=CACHED_SEQUENTIAL, certify=False)
+    whole, _ = Sampler(model, options, BATCH).batch([0, 1, 2])
+    for limit in (1, 13, 24):
+        sampler = Sampler(model, dataclasses.replace(options, max_iterations=limit), BATCH)
+        images, solution = sampler.batch([0, 1, 2])
+        assert sampler.system._sweep is not None
+        assert torch.equal(images.flatten(1)[:, :limit], whole.flatten(1)[:, :limit])
+        assert not images.flatten(1)[:, limit:].any()
+        assert solution.frontier.tolist() == [limit] * BATCH
+        assert solution.status == [Status.ITERATION_LIMIT] * BATCH
+
+
+@devices
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("solver", ["gs_jacobi", CACHED_SEQUENTIAL])
+def test_the_sampler_takes_this_way_and_certifies_it(device, coupling, solver):
+    torch.manual_seed(0)
+    model = pixelcnnpp((3, 8, 8), num_classes=3).to(device)
+    what = What(0, SamplingOptions(coupling=coupling, temperature=0.9))
+    sampler = Sampler(model, SolverOptions(name=solver), BATCH, what, record_residual=True)
+    assert isinstance(sampler.system, FusedPixelCNNppSystem)
+    images, solution = sampler.batch([0, 1, 2])
+    expected, _ = Sampler(model, "sequential", BATCH, what).batch([0, 1, 2])
+    assert torch.equal(images, expected)
+    assert solution.certified.all()
+    assert solution.status == [Status.CONVERGED] * BATCH
+    again, _ = sampler.batch([1, 2])  # other labels and noise, through the same graphs
+    assert torch.equal(again, expected[1:])
+    if solver == "gs_jacobi":
+        assert (solution.iterations <= 64).all()
+        assert sampler.pixel_map(solution).shape == (BATCH, 8, 8)
+        assert solution.residual is not None
+
+
+@devices
+def test_given_pixels_stay(device):
+    torch.manual_seed(0)
+    model = pixelcnnpp((3, 8, 8)).to(device)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:5, 3:] = True
+    given = Given(torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8), mask)
+    images, solution = sample(model, BATCH, solver="gs_jacobi", given=given)
+    expected, _ = sample(model, BATCH, solver="sequential", given=given)
+    assert torch.equal(images, expected)
+    assert torch.equal(images[..., mask], given.images.expand(BATCH, -1, -1, -1)[..., mask])
+    assert solution.certified.all()
+
+
+@devices
+def test_a_sample_that_is_not_finite_spares_the_others(device):
+    torch.manual_seed(0)
+    model = pixelcnnpp((1, 8, 8), num_classes=3).to(device)
+    with torch.no_grad():
+        for name, module in model.network.named_modules():
+            if name.endswith("down_right.label"):
+                module.weight[1] = float("inf")
+    images, solution = sample(model, BATCH, solver="gs_jacobi")
+    assert [status == Status.NON_FINITE for status in solution.status] == [False, True, False]
+    expected, _ = sample(model, BATCH, solver="sequential")
+    assert torch.equal(images[::2], expected[::2])
+
+
+@devices
+def test_an_iteration_limit_ends_a_sweep(device):
+    torch.manual_seed(0)
+    model = pixelcnnpp((1, 8, 8)).to(device)
+    sampler = Sampler(model, SolverOptions(name="gs_jacobi", max_iterations=3), BATCH)
+    _, solution = sampler.batch([0, 1, 2])
+    assert solution.iterations.tolist() == [3] * BATCH
+    assert solution.status == [Status.ITERATION_LIMIT] * BATCH
+    assert (solution.frontier >= 3).all()
+
+
+@devices
+def test_without_cuda_graphs_the_plain_evaluation_is_taken(device):
+    torch.manual_seed(0)
+    model = pixelcnnpp((1, 8, 8)).to(device)
+    sampler = Sampler(model, SolverOptions(name="gs_jacobi", cuda_graph=False), BATCH)
+    images, _ = sampler.batch([0, 1, 2])
+    assert sampler.system._sweep is None
+    assert torch.equal(images, Sampler(model, "gs_jacobi", BATCH).batch([0, 1, 2])[0])
+
+
+@pytest.mark.gpu
+def test_what_kernels_do_not_cover_takes_full_passes():
+    torch.manual_seed(0)
+    model = pixelcnnpp((1, 8, 8)).to("cuda")
+    for options in (SamplingOptions(coupling="paper"), SamplingOptions(precision="bf16")):
+        system = model.sampling_system(BATCH, incremental=True, options=options)
+        assert not isinstance(system, FusedPixelCNNppSystem)
+        with pytest.raises(UserError, match="no evaluation from caches"):
+            Sampler(model, CACHED_SEQUENTIAL, BATCH, What(0, options))
