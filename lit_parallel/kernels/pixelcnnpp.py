@@ -60,7 +60,7 @@ class Map:
     """A feature map in the arena.
 
     Attributes:
-        offset: Of its first element.
+        offset: Elements of the maps before it, for one slot.
         level: Of resolution.
         height, width: Of the image at this level.
         features: Padded.
@@ -84,9 +84,9 @@ class Map:
         """Elements of one slot."""
         return (self.height + self.above) * self.row
 
-    def at(self, row: int, column: int) -> int:
-        """Where the pixel that lies so far from a pixel lies, for pixel (0, 0) of slot 0."""
-        return self.offset + (self.above + row) * self.row + (1 + column) * self.features
+    def at(self, row: int, column: int, slots: int) -> int:
+        """Where the pixel that lies so far from a pixel lies, for pixel (0, 0) of the first of so many slots."""
+        return slots * self.offset + (self.above + row) * self.row + (1 + column) * self.features
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,24 +209,26 @@ class Table:
         layers: Their jobs.
         rows: Rows of the window at level 0, or 1: one pixel, at every level.
         columns: All columns of the image, or 1; jobs of the down stream always take all of them.
+        slots: Images in work at a time.
     """
 
-    def __init__(self, layers: Layers, rows: int, columns: int) -> None:
-        self.layers, self.positions = layers, []
+    def __init__(self, layers: Layers, rows: int, columns: int, slots: int) -> None:
+        self.layers, self.slots = layers, slots
+        self.positions: list[int] = []
         lines, bias = [], 0
         for index, job in enumerate(layers.jobs):
             src, dst = job.source, job.target
             high = max(1, rows >> job.level)
             across = src.width // job.stride if job.down else max(1, columns >> job.level)
             assert all((skip.slot, skip.row) == (src.slot, src.row) for skip in job.skips)
-            skips = [skip.at(0, 0) for skip in job.skips] + [0, 0]
+            skips = [skip.at(0, 0, slots) for skip in job.skips] + [0, 0]
             line = {
-                "src": src.at(*job.corner), "src_slot": src.slot, "src_row": src.row, "src_pixel": src.features,
+                "src": src.at(*job.corner, slots), "src_slot": src.slot, "src_row": src.row, "src_pixel": src.features,
                 "stride": job.stride, "pixel_chunks": src.features // CHUNK, "row_pixels": job.kernel[1],
                 "main_pixels": job.kernel[0] * job.kernel[1], "chunks": len(job.weight),
                 "skip1": skips[0], "skip2": skips[1],
-                "residual": 0 if job.residual is None else job.residual.at(0, 0),
-                "dst": 0 if dst is None else dst.at(0, 0), "dst_slot": 0 if dst is None else dst.slot,
+                "residual": 0 if job.residual is None else job.residual.at(0, 0, slots),
+                "dst": 0 if dst is None else dst.at(0, 0, slots), "dst_slot": 0 if dst is None else dst.slot,
                 "dst_row": 0 if dst is None else dst.row, "dst_pixel": 0 if dst is None else dst.features,
                 "spread": job.spread, "place": job.outputs // job.spread**2, "outputs": job.outputs,
                 "weight": layers.weight_offsets[index], "bias": bias, "width": job.weight.shape[-1],
@@ -546,7 +548,7 @@ def run(table: Table, workspace: Workspace, jobs: Sequence[int], tile: Tile | No
         jobs: Indices of one or two jobs.
         tile: How the launch is cut; by default :func:`tile_for` decides.
     """
-    device, slots = workspace.arena.device, len(workspace.sample)
+    device, slots = workspace.arena.device, table.slots
     if not triton_runs_on(device):
         for job in jobs:
             _run_plainly(table, workspace, job)
@@ -592,7 +594,7 @@ def run(table: Table, workspace: Workspace, jobs: Sequence[int], tile: Tile | No
 
 def _run_plainly(table: Table, workspace: Workspace, index: int) -> None:
     """What a launch does for one job."""
-    job, slots, device = table.layers.jobs[index], len(workspace.sample), workspace.arena.device
+    job, slots, device = table.layers.jobs[index], table.slots, workspace.arena.device
     line = dict(zip(_FIELDS, table.lines[index].tolist(), strict=True))
     position = torch.arange(table.positions[index], device=device)
     row = (workspace.top >> job.level)[:, None] + position // line["columns"]
@@ -606,7 +608,7 @@ def _run_plainly(table: Table, workspace: Workspace, index: int) -> None:
     for place in range(line["main_pixels"]):
         over, along = divmod(place, line["row_pixels"])
         starts.append(line["src"] + over * line["src_row"] + along * line["src_pixel"])
-    starts += [skip.at(0, 0) for skip in job.skips]
+    starts += [skip.at(0, 0, slots) for skip in job.skips]
     at = pixel[..., None, None] + torch.tensor(starts, device=device)[:, None]
     x = source[at + torch.arange(line["src_pixel"], device=device)]  # [slots, positions, places, features]
     if job.kind.activates:

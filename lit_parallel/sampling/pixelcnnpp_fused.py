@@ -36,6 +36,9 @@ ROWS = 8
 SLOTS = 64
 """Images in work at a time, of a larger batch: more would only wait for the same multiprocessors."""
 
+_MOST = 256  # of one pixel each, whose layers are small launches: fewer images would not be faster
+_BYTES = 12  # of an element of the arena: as it is, and activated
+
 
 class FusedPixelCNNppSystem(IncrementalPixelCNNppSystem):
     """The incremental system with kernels for Jacobi, GS-Jacobi and cached sequential sampling on a GPU.
@@ -106,7 +109,7 @@ class _Sweep:
 
     Args:
         plain: The equations; its noise, labels and given pixels are read where they lie.
-        slots: Images in work at a time.
+        slots: Most images in work at a time; fewer, if they are more than the batch or than fit.
         rows, columns: Of a slot's window.
     """
 
@@ -116,14 +119,15 @@ class _Sweep:
         device = plain.device
         channels, self.height, self.width = plain.positions.image_shape
         self.plain, self.channels, self.rows, self.columns = plain, channels, rows, columns
-        self.laid_out: LaidOut = lay_out(plain.network, (self.height, self.width), slots)  # type: ignore[arg-type]
-        self.table = Table(self.laid_out.layers, rows, columns)
+        self.laid_out: LaidOut = lay_out(plain.network, (self.height, self.width))  # type: ignore[arg-type]
+        slots = min(slots, plain.batch_size, self._fitting(device))
+        self.table = Table(self.laid_out.layers, rows, columns, slots)
         self.x = plain.guess.clone()
         self.windows: Windows = self._windows(slots)
         framed = plain.batch_size, self.height + 2, self.width + 2, IMAGE_FEATURES
         self.workspace = Workspace(
-            arena=torch.zeros(self.laid_out.elements, device=device),
-            active=torch.zeros(4 * self.laid_out.elements, dtype=torch.float16, device=device),
+            arena=torch.zeros(slots * self.laid_out.elements, device=device),
+            active=torch.zeros(4 * slots * self.laid_out.elements, dtype=torch.float16, device=device),
             image=torch.zeros(framed, device=device),
             parameters=torch.zeros(slots * rows * columns, self.laid_out.pitch, device=device),
             sample=self.windows.sample,
@@ -137,6 +141,12 @@ class _Sweep:
 
     def _windows(self, slots: int) -> Windows:
         raise NotImplementedError
+
+    def _fitting(self, device: torch.device) -> int:
+        """How many slots half of the memory that is left takes."""
+        if device.type != "cuda":
+            return _MOST
+        return max(1, torch.cuda.mem_get_info(device)[0] // 2 // (_BYTES * self.laid_out.elements))
 
     def restart(self) -> None:
         """Begin again from the iterate."""
@@ -192,7 +202,7 @@ class WindowSweep(_Sweep):
         self, plain: AutoregressiveSystem, rows: int, slots: int, limit: int, record_residual: bool = False
     ) -> None:
         self.limit, self.record_residual = limit, record_residual
-        super().__init__(plain, min(slots, plain.batch_size), rows, plain.positions.image_shape[2])
+        super().__init__(plain, slots, rows, plain.positions.image_shape[2])
         self._launches = self.laid_out.launches()
         self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=plain.device.type == "cuda")
         self.restart()
@@ -236,7 +246,7 @@ class PixelSweep(_Sweep):
     """
 
     def __init__(self, plain: AutoregressiveSystem, limit: int | None = None) -> None:
-        super().__init__(plain, plain.batch_size, 1, 1)
+        super().__init__(plain, _MOST, 1, 1)
         self.limit = plain.length if limit is None else limit
         self.restart()
         self._row = [self.captured(partial(self._pass_row, due)) for due in range(1, RESOLUTIONS + 1)]
@@ -244,7 +254,7 @@ class PixelSweep(_Sweep):
     def _windows(self, slots: int) -> Windows:
         from lit_parallel.kernels.windows import Windows
 
-        return Windows(slots, slots, self.height, self.width, STRIDE, device=self.plain.device)
+        return Windows(self.plain.batch_size, slots, self.height, self.width, STRIDE, device=self.plain.device)
 
     def _pass_row(self, due: int) -> None:
         for column in range(self.width):
@@ -253,9 +263,12 @@ class PixelSweep(_Sweep):
 
     def run(self) -> FusedBooks:
         """Draw every pixel once, row by row; what lies behind the limit is the guess again in the end."""
-        self.restart()
-        for row in range(-(-self.limit // self.width)):
-            self._row[_due(row) - 1]()
+        for first in range(0, self.plain.batch_size, self.windows.slots):
+            self.restart()
+            samples = first + torch.arange(self.windows.slots, device=self.x.device)
+            self.windows.sample.copy_(torch.where(samples < self.plain.batch_size, samples, -1))
+            for row in range(-(-self.limit // self.width)):
+                self._row[_due(row) - 1]()
         self.x[:, self.limit :] = self.plain.guess[:, self.limit :]
         return self.windows.books
 

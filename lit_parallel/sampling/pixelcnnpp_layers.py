@@ -20,7 +20,7 @@ class LaidOut:
 
     Attributes:
         layers: All jobs with their weights, in an order in which each stands behind those that it reads.
-        elements: Of the arena.
+        elements: Of the arena, for one slot.
         pitch: Numbers in a row of parameters.
     """
 
@@ -49,23 +49,22 @@ class LaidOut:
         return launches
 
 
-def lay_out(network: PixelCNNpp, image: tuple[int, int], slots: int) -> LaidOut:
+def lay_out(network: PixelCNNpp, image: tuple[int, int]) -> LaidOut:
     """Lay out a folded network.
 
     Args:
         network: Its weights are copied.
         image: Rows and columns of an image.
-        slots: Images in work at a time.
     """
-    recorder = _Recorder(network, image, slots)
+    recorder = _Recorder(network, image)
     return LaidOut(Layers(recorder.jobs), recorder.elements, recorder.jobs[-1].weight.shape[-1])
 
 
 class _Recorder:
     """Notes every layer as a job; a visitor of :meth:`PixelCNNpp.walk` to which a map in the arena is a tensor."""
 
-    def __init__(self, network: PixelCNNpp, image: tuple[int, int], slots: int) -> None:
-        self.slots, self.image, self.filters = slots, image, network.filters
+    def __init__(self, network: PixelCNNpp, image: tuple[int, int]) -> None:
+        self.image, self.filters = image, network.filters
         self.elements = 0
         self.jobs: list[Job] = []
         last = network.walk(self._first_features(network), self)  # type: ignore[arg-type]
@@ -224,7 +223,7 @@ class _Recorder:
         """Room for another feature map."""
         height, width = (size >> level for size in self.image)
         new = Map(self.elements, level, height, width, padded(self.filters))
-        self.elements += self.slots * new.slot
+        self.elements += new.slot
         return new
 
 

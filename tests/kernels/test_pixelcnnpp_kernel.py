@@ -33,7 +33,7 @@ class Problem:
         labels = None if classes is None else torch.tensor([0, 2, 1])
         self.expected = network(images, labels)
         self.height, self.width = height, width
-        self.laid_out = lay_out(network.to(device), (height, width), len(SAMPLES))
+        self.laid_out = lay_out(network.to(device), (height, width))
         self.image = torch.zeros(3, height + 2, width + 2, 32)
         self.image[:, 2:, 1:-1, :channels] = images.permute(0, 2, 3, 1)
         self.image[:, 2:, 1:-1, channels] = 1
@@ -45,7 +45,8 @@ class Problem:
         def make(*shape, dtype=torch.float32):
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        elements, slots = self.laid_out.elements, len(SAMPLES)
+        slots = len(SAMPLES)
+        elements = slots * self.laid_out.elements
         return Workspace(
             arena=make(elements),
             active=make(4 * elements, dtype=torch.float16),
@@ -70,7 +71,7 @@ class Problem:
 
     def windows(self, rows):
         workspace = self.workspace(rows * self.width)
-        table = Table(self.laid_out.layers, rows, self.width)
+        table = Table(self.laid_out.layers, rows, self.width, len(SAMPLES))
         for top in range(0, self.height, rows):
             workspace.top.fill_(top)
             for jobs in self.laid_out.launches():
@@ -79,7 +80,7 @@ class Problem:
 
     def pixels(self, last_row):
         workspace = self.workspace(1)
-        table = Table(self.laid_out.layers, 1, 1)
+        table = Table(self.laid_out.layers, 1, 1, len(SAMPLES))
         for row in range(last_row):
             for column in range(self.width):
                 workspace.top.fill_(row)
@@ -167,7 +168,7 @@ def test_a_pixels_bits_do_not_depend_on_where_it_lies_in_a_tile(tile):
     torch.manual_seed(0)
     problem = Problem(3, 16, 16, 40, None, device="cuda")
     workspace = problem.workspace(16 * 16)
-    table = Table(problem.laid_out.layers, 16, 16)
+    table = Table(problem.laid_out.layers, 16, 16, len(SAMPLES))
     found = []
     for samples in ([0, 1, 2], [2, 0, 1], [-1, -1, 0]):
         workspace.sample.copy_(torch.tensor(samples))

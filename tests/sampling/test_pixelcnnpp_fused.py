@@ -7,6 +7,7 @@ import torch
 from small_models import pixel_by_pixel, pixelcnnpp
 
 from lit_parallel.errors import UserError
+from lit_parallel.sampling import pixelcnnpp_fused
 from lit_parallel.sampling.autoregressive import Given
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.sampling.pixelcnnpp_fused import FusedPixelCNNppSystem, PixelSweep, WindowSweep
@@ -59,8 +60,10 @@ def test_a_sweep_iterates_as_the_solver_loop_does(device, shape, rows, slots):
 
 @devices
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_sweep_by_pixels_is_sequential_sampling(device, shape):
+@pytest.mark.parametrize("slots", [1, 2, 256])
+def test_a_sweep_by_pixels_is_sequential_sampling(device, shape, slots, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(pixelcnnpp_fused, "_MOST", slots)
     model = pixelcnnpp(shape).to(device)
     plain = plain_system(model)
     sweep = PixelSweep(plain)
