@@ -30,9 +30,10 @@ from lit_parallel.plots import save_image_grid
 from lit_parallel.report import environment, write_json
 from lit_parallel.sampling.compare import compare
 from lit_parallel.sampling.options import COUPLINGS, PRECISIONS, SamplingOptions
-from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL, Sampler, What
+from lit_parallel.sampling.sampler import Sampler, What
 from lit_parallel.solution import Solution
 from lit_parallel.solvers import SolverOptions
+from lit_parallel.solvers.options import CACHED_SEQUENTIAL
 
 CACHED = "cached sequential"
 

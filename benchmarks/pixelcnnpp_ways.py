@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.densenet_ways import kernels_launched
 from lit_parallel.modules.autoregressive import AutoregressiveModule
-from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL, Sampler
+from lit_parallel.sampling.sampler import Sampler
 from lit_parallel.solution import Solution
 from lit_parallel.solvers import AUTO, GSJacobi, SolverOptions
+from lit_parallel.solvers.options import CACHED_SEQUENTIAL
 
 EAGER, GRAPH, CACHED = "sequential, eager", "sequential, CUDA graph", "cached sequential"
 WAYS = ("sequential_eager", "sequential_graph", CACHED_SEQUENTIAL, "gs_jacobi", AUTO, "jacobi", "jacobi_gs")

@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -31,3 +31,23 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterato
     finally:
         if collects:
             gc.enable()
+
+
+def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Work that only launches kernels, recorded after a warm-up: what is returned replays it.
+
+    Args:
+        work: Launches on one device, with no host synchronisation.
+        device: Where; on a CPU the work itself is returned.
+    """
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+    graph = torch.cuda.CUDAGraph()
+    with capturing(graph, stream):
+        work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph.replay

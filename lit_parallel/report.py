@@ -23,9 +23,10 @@ from lit_parallel.runs import short_path
 from lit_parallel.sampling.auto import Choice
 from lit_parallel.sampling.compare import Measurement, Trace, compare, trace
 from lit_parallel.sampling.predict import read_parts
-from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL, Sampler, What
+from lit_parallel.sampling.sampler import Sampler, What, has_caches
 from lit_parallel.solution import Solution
 from lit_parallel.solvers import SolverOptions
+from lit_parallel.solvers.options import CACHED_SEQUENTIAL
 
 GRID_IMAGES = 100
 """At most so many images are drawn in ``samples.png``."""
@@ -106,10 +107,13 @@ def write_results(
     kept = parts.parent
     save_image_grid(images[:GRID_IMAGES], kept / "samples.png")
     torch.save(images, kept / "images.pt")
-    baselines = [name for name in config.compare.baselines if name != CACHED_SEQUENTIAL or model.incremental]
+    cached = has_caches(model.sampling_system(1, incremental=True, options=what.options, given=what.given))
+    baselines = [name for name in config.compare.baselines if name != CACHED_SEQUENTIAL or cached]
+    # As a solver it is certified, as a baseline it is not.
+    certified_baseline = solver.name == CACHED_SEQUENTIAL and solver.certify
     measurements = compare(
         model,
-        [] if solver.name in baselines else [solver],
+        [] if solver.name in baselines and not certified_baseline else [solver],
         baselines,
         batch_size=batch_size,
         what=what,

@@ -9,14 +9,16 @@ ELU taken on the way, with the layer's weights, further products of short-cut in
 residual. Jobs are rows of a table on the device; a launch (:func:`run`) takes one or two of them, of the down and of
 the down-right stream. Which pixels a slot's window holds is read on the device, so a launch serves every position.
 
-A pixel's sums run in one order, whatever the window and whatever its neighbours: the same inputs give the same bits.
+A pixel's sums run in one order wherever its window stands and whatever its neighbours: the same inputs give the same
+bits. Windows of another size, or another number of slots, may be summed in another order.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -169,7 +171,7 @@ class Layers:
     """Jobs with their weights laid out on one device.
 
     Args:
-        jobs: Launches name them by their index.
+        jobs: Launches name them by their index. On a GPU their own copies of the weights are given up.
 
     Attributes:
         weights: In float32, of the jobs that read no concatenated ELU.
@@ -200,6 +202,8 @@ class Layers:
         self.weights, self.halves = torch.cat(weights), torch.cat(halves)
         self.biases = torch.cat([job.bias.flatten() for job in jobs])
         self.labels = max(len(job.bias) for job in jobs)
+        if self.weights.device.type == "cuda":
+            self.jobs = [replace(job, weight=job.weight.to("meta")) for job in jobs]
 
 
 class Table:
@@ -269,8 +273,8 @@ class Workspace:
 
 @triton.jit
 def _split(x):
-    """A float32 number as the sum of two in 16 bits, 22 of its 24 digits."""
-    x = tl.clamp(x, -65000.0, 65000.0)
+    """A float32 number as the sum of two in 16 bits, 22 of its 24 digits; what is too large is not passed over."""
+    x = tl.where(tl.abs(x) <= 65000.0, x, float("nan"))
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
@@ -360,9 +364,9 @@ def _job(
     # that one is what moves windows, they may be read while it still runs.
     if OVERLAP and not EARLY:
         gdc_wait()
-    owner = tl.load(sample + slot, mask=inside, other=-1)
-    row = (tl.load(top + slot) >> level) + position // columns
-    column = (tl.load(left + slot) >> level) * use_left + position % columns
+    owner = tl.load(sample + slot, mask=inside, other=-1, cache_modifier=".cg")
+    row = (tl.load(top + slot, cache_modifier=".cg") >> level) + position // columns
+    column = (tl.load(left + slot, cache_modifier=".cg") >> level) * use_left + position % columns
     inside = inside & (owner >= 0)
     used = inside[:, None] & (n < outputs)[None, :]
     if LABELS and KIND == 2:  # labels condition gated layers only
@@ -399,7 +403,7 @@ def _job(
         gate = acc
         # Every slice has so many chunks; where its first one lies is divided out once, the others are counted.
         count = (chunks + SLICES - 1) // SLICES
-        begin = 0 if SLICES == 1 else (tl.arange(0, SLICES) * count)[:, None, None]
+        begin = tl.full([], 0, tl.int32) if SLICES == 1 else (tl.arange(0, SLICES) * count)[:, None, None]
         which = begin // pixel_chunks  # of the places that are read, then of the short cuts
         within = begin - which * pixel_chunks
         over = which // row_pixels
@@ -419,11 +423,12 @@ def _job(
         unit = tl.exp2(-exponent)
         for index in tl.range(0, count, num_stages=STAGES):
             w_mask = begin + index < chunks
-            x = tl.load(x_at + at * 32, mask=x_mask & w_mask, other=0.0)
+            mask = x_mask if SLICES == 1 else x_mask & w_mask
+            x = tl.load(x_at + at * 32, mask=mask, other=0.0)
             high = _weights(w_at, w_mask, SLICES)
             # Sums that go on in a tensor core lose digits: they are short, and added up in float32.
             if SPLIT:
-                x_low = tl.load(x_at + (at * 32 + 2 * src_pixel), mask=x_mask & w_mask, other=0.0)
+                x_low = tl.load(x_at + (at * 32 + 2 * src_pixel), mask=mask, other=0.0)
                 rest = _weights(w_at + K * signed, w_mask, SLICES)
                 acc += tl.dot(x, high) * unit
                 acc += tl.dot(x, rest) * unit
@@ -517,6 +522,11 @@ class Tile:
     warps: int = 4
     stages: int = 3
 
+    def fitting(self, gated: bool, room: int) -> Tile:
+        """The tile with as many stages as so many bytes of shared memory take."""
+        chunk = self.slices * 2 * CHUNK * (self.rows + (1 + gated) * self.outputs) * 4
+        return replace(self, stages=max(1, min(self.stages, room // chunk)))
+
     def programs(self, pixels: int, outputs: int) -> int:
         """How many there are for so many pixels and outputs."""
         return triton.cdiv(pixels, self.rows) * triton.cdiv(outputs, self.outputs)
@@ -539,6 +549,21 @@ def tile_for(sizes: Sequence[tuple[int, int]]) -> Tile:
     return _SMALLEST
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take, less a little that the compiler needs."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block) - 2048
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether the kernels can be launched for tensors on this device: its programs must hold at least a chunk."""
+    if not triton_runs_on(device) or interpreted():
+        return triton_runs_on(device)
+    least = _SMALLEST.slices * 2 * CHUNK * (_SMALLEST.rows + 2 * _SMALLEST.outputs) * 4
+    return torch.cuda.get_device_capability(device) >= (8, 0) and shared_memory(device) >= least
+
+
 def run(table: Table, workspace: Workspace, jobs: Sequence[int], tile: Tile | None = None) -> None:
     """Run one job, or two that do not depend on each other, on every slot's window.
 
@@ -557,6 +582,8 @@ def run(table: Table, workspace: Workspace, jobs: Sequence[int], tile: Tile | No
     sizes = [(slots * table.positions[index], job.outputs) for index, job in zip(jobs, chosen, strict=True)]
     tile = tile or tile_for(sizes)
     counts = [tile.programs(*size) for size in sizes]
+    if not interpreted():
+        tile = tile.fitting(any(job.kind == Kind.GATED for job in chosen), shared_memory(device))
     overlaps = not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
     more = {"launch_pdl": True, "num_warps": tile.warps} if overlaps else {"num_warps": tile.warps}
     _launch[(sum(counts),)](

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from lit_parallel.environment import environment
 from lit_parallel.errors import UserError, first_line
 from lit_parallel.options import check_options
-from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL, Sampler, SamplingModel, What
+from lit_parallel.sampling.sampler import Sampler, SamplingModel, What, has_caches
 from lit_parallel.solution import Solution
 from lit_parallel.solvers import SolverOptions
+from lit_parallel.solvers.options import CACHED_SEQUENTIAL
 from lit_parallel.systems import TriangularSystem
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def choose(model: SamplingModel, options: SolverOptions, batch_size: int, what: 
         return _chosen[path]
     length, block, device = system.length, system.block_size, system.device
     del system  # its noise may be large
-    choice = None if options.remeasure else _read(path, solvers)
+    choice = None if options.remeasure else _read(path, solvers, options.measure_seconds)
     if choice is None:
         contest = _Contest(model, batch_size, what, length, block, options.measure_seconds)
         candidates = contest.measure(solvers)
@@ -157,7 +158,8 @@ def choose(model: SamplingModel, options: SolverOptions, batch_size: int, what: 
         best = min(eligible, key=lambda each: each.seconds_per_image or 0, default=candidates[0])
         choice = Choice(solvers[best.label], best.label, candidates)
         if eligible:
-            _write(path, about, choice)
+            hurried = any("out of time" in candidate.outcome for candidate in candidates)
+            _write(path, about, choice, options.measure_seconds if hurried else math.inf)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     logger.info(str(choice))
@@ -180,7 +182,7 @@ def _candidates(model: SamplingModel, options: SolverOptions, system: Triangular
     sizes.sort(key=lambda size: size != system.window)  # the usual one first, the others as the system names them
     row = getattr(getattr(system.reference(), "positions", None), "row", None)
     solvers = {_label_of_window(size, row): named(name="gs_jacobi", window=size) for size in sizes}
-    sequential = CACHED_SEQUENTIAL if model.incremental else "sequential"
+    sequential = CACHED_SEQUENTIAL if has_caches(system) else "sequential"
     return solvers | {name: named(name=name) for name in (sequential, "jacobi")}
 
 
@@ -242,7 +244,7 @@ class _Contest:
             candidate.seconds_per_image = cost * self.length / self.batch_size
             return
         why = "slower" if allowed == _CLEARLY * self.best else "out of time"
-        if limit <= trial < self.length:
+        if limit < 1 or limit <= trial < self.length:
             candidate.outcome = f"stopped after {trial} iterations: {why}"
             candidate.seconds_per_image = cost * trial / self.batch_size
             return
@@ -320,10 +322,12 @@ def _about(
     }
 
 
-def _read(path: Path, solvers: dict[str, SolverOptions]) -> Choice | None:
-    """What an earlier measurement chose, or ``None`` if there is none that can be read."""
+def _read(path: Path, solvers: dict[str, SolverOptions], seconds: float) -> Choice | None:
+    """What an earlier measurement chose, or ``None`` if there is none that can be read, or was given less time."""
     try:
         content = json.loads(path.read_text())
+        if content["enough_for_seconds"] is not None and float(content["enough_for_seconds"]) < seconds:
+            return None
         candidates = [Candidate(**row) for row in content["candidates"]]
         choice = Choice(solvers[content["chosen"]], content["chosen"], candidates, str(path))
         str(choice)  # so that whatever is amiss shows here
@@ -335,9 +339,11 @@ def _read(path: Path, solvers: dict[str, SolverOptions]) -> Choice | None:
         return None
 
 
-def _write(path: Path, about: dict[str, Any], choice: Choice) -> None:
+def _write(path: Path, about: dict[str, Any], choice: Choice, enough_for: float) -> None:
+    """Keep a choice for measurements of at most so many seconds; infinite: nothing was cut short."""
     candidates = [dataclasses.asdict(candidate) for candidate in choice.candidates]
-    content = {"chosen": choice.label, "candidates": candidates, "about": about}
+    seconds = enough_for if math.isfinite(enough_for) else None
+    content = {"chosen": choice.label, "enough_for_seconds": seconds, "candidates": candidates, "about": about}
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

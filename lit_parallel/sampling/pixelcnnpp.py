@@ -63,7 +63,7 @@ class Part:
     @classmethod
     def pixel(cls, memories: Memories, row: int, column: int, image: tuple[int, int], labels: Tensor | None) -> Part:
         """One pixel; at the beginning of a row, with the down stream of that row."""
-        due = next((level for level in range(RESOLUTIONS) if (row | column) >> level & 1), RESOLUTIONS - 1) + 1
+        due = levels_due(row, column)
         here = _levels(Rectangle(row, 1, column, 1, image), due)
         rows = _levels(Rectangle(row, 1, 0, image[1], image), due if column == 0 else 0)
         return cls(memories, here, rows, labels)
@@ -142,6 +142,11 @@ class Part:
             return x
         assert self.memories.outputs is not None
         return self.memories.outputs[layer].read(rectangle)[:, :, 1:]
+
+
+def levels_due(row: int, column: int) -> int:
+    """How many levels, from 0 on, have a pixel that begins at this one of the image."""
+    return next((level for level in range(RESOLUTIONS) if (row | column) >> level & 1), RESOLUTIONS - 1) + 1
 
 
 def _levels(rectangle: Rectangle, due: int) -> list[Rectangle | None]:

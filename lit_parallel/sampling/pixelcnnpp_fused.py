@@ -10,20 +10,20 @@ Two passes over images share one set of layers, laid out by ``pixelcnnpp_layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_parallel.cuda_graphs import capturing
+from lit_parallel.cuda_graphs import captured
 from lit_parallel.kernels import triton_runs_on
-from lit_parallel.networks.pixelcnnpp import RESOLUTIONS, STRIDE
+from lit_parallel.networks.pixelcnnpp import STRIDE
 from lit_parallel.sampling.autoregressive import AutoregressiveSystem
-from lit_parallel.sampling.pixelcnnpp import IncrementalPixelCNNppSystem, Memories
+from lit_parallel.sampling.pixelcnnpp import IncrementalPixelCNNppSystem, Memories, levels_due
 from lit_parallel.sampling.pixelcnnpp_layers import LaidOut, lay_out
-from lit_parallel.solvers import GSJacobi, Jacobi, Sequential
+from lit_parallel.solvers import GSJacobi, Sequential
 from lit_parallel.solvers.polling import replay_until_finished
 from lit_parallel.systems import Equations, Evaluation, FusedBooks
 
@@ -41,67 +41,72 @@ _BYTES = 12  # of an element of the arena: as it is, and activated
 
 
 class FusedPixelCNNppSystem(IncrementalPixelCNNppSystem):
-    """The incremental system with kernels for Jacobi, GS-Jacobi and cached sequential sampling on a GPU.
+    """The incremental system with kernels for GS-Jacobi and cached sequential sampling on a GPU.
 
-    Whatever they do not cover (a tolerance, other precisions than ``full``, the coupling ``paper``) takes the PyTorch
-    evaluation of the parent class.
+    What they do not cover in spite of :meth:`covered` (another solver, a tolerance, sampling without CUDA graphs) takes
+    full passes on a GPU, and the PyTorch evaluation of the parent class on a CPU.
     """
 
     self_paced = True
+    unroll = False
+
+    @dataclass
+    class Swept(IncrementalPixelCNNppSystem.State):
+        """The iterate of a sweep, which remembers what is to be remembered."""
+
+        sweep: WindowSweep | PixelSweep
 
     def __init__(self, plain: AutoregressiveSystem) -> None:
         super().__init__(plain)
-        self._sweep: WindowSweep | PixelSweep | None = None
+        self._next: WindowSweep | PixelSweep | None = None  # of the state that is made next
+        self._in_full = plain.device.type != "cpu"
 
     @property
     def window(self) -> int:
-        return min(self.length, ROWS * self.image[1]) if self.covered(self.plain) else super().window
+        return min(self.length, ROWS * self.image[1])
 
     @staticmethod
     def covered(plain: AutoregressiveSystem) -> bool:
         """Whether there are kernels for sampling with these options here."""
         if not triton_runs_on(plain.device) or plain.options.precision != "full":
             return False
-        from lit_parallel.kernels import mixture
+        from lit_parallel.kernels import mixture, pixelcnnpp
 
-        return mixture.covers(plain.conditional, plain.coupling, plain.dtype)
+        return pixelcnnpp.run_on(plain.device) and mixture.covers(plain.conditional, plain.coupling, plain.dtype)
 
     def prepare(self, solver: object, limit: int, *, exact: bool, record_residual: bool) -> bool:
-        self._sweep = None
-        if not self.covered(self.plain):
-            return super().prepare(solver, limit, exact=exact, record_residual=record_residual)
         if isinstance(solver, Sequential):
-            self._sweep = PixelSweep(self.plain, limit)
-        elif isinstance(solver, (GSJacobi, Jacobi)) and exact:
-            rows = self.image[0]
-            if isinstance(solver, GSJacobi):
-                rows = self._rows(solver.window or self.window)
-            self._sweep = WindowSweep(self.plain, rows, SLOTS, limit, record_residual)
+            self._next = PixelSweep(self.plain, limit)
+        elif isinstance(solver, GSJacobi) and exact:
+            rows = self._rows(solver.window or self.window)
+            self._next = WindowSweep(self.plain, rows, SLOTS, limit, record_residual)
         else:
             super().prepare(solver, limit, exact=exact, record_residual=record_residual)
-        return self._sweep is not None
+        return self._next is not None
 
-    def new_state(self) -> IncrementalPixelCNNppSystem.State:
-        if self._sweep is None:
-            return super().new_state()
-        return self.State(self._sweep.x, Memories())
+    def new_state(self) -> Any:
+        sweep, self._next = self._next, None
+        if sweep is not None:
+            return self.Swept(sweep.x, Memories(), sweep)
+        return self.plain.new_state() if self._in_full else super().new_state()
 
-    def reset(self, state: IncrementalPixelCNNppSystem.State, value: Tensor | None = None) -> None:
-        if self._sweep is None:
-            super().reset(state, value)
-        else:
+    def reset(self, state: Any, value: Tensor | None = None) -> None:
+        if isinstance(state, self.Swept):
             self.plain.reset(state.x, value)
+        elif self._in_full:
+            self.plain.reset(state, value)
+        else:
+            super().reset(state, value)
 
-    def evaluate(
-        self,
-        state: IncrementalPixelCNNppSystem.State,
-        equations: Equations,
-        frontier: Tensor,
-        running: Tensor | None,
-    ) -> Evaluation:
-        if self._sweep is None:
-            return super().evaluate(state, equations, frontier, running)
-        return Evaluation(None, state.x[:, :1, 0], fused=self._sweep.run())
+    def value(self, state: Any) -> Tensor:
+        return self.plain.value(state) if isinstance(state, Tensor) else super().value(state)
+
+    def evaluate(self, state: Any, equations: Equations, frontier: Tensor, running: Tensor | None) -> Evaluation:
+        if isinstance(state, self.Swept):
+            return Evaluation(None, state.x[:, :1, 0], fused=state.sweep.run())
+        if self._in_full:
+            return self.plain.evaluate(state, equations, frontier, running)
+        return super().evaluate(state, equations, frontier, running)
 
 
 class _Sweep:
@@ -143,10 +148,11 @@ class _Sweep:
         raise NotImplementedError
 
     def _fitting(self, device: torch.device) -> int:
-        """How many slots half of the memory that is left takes."""
+        """How many slots fit into most of the memory that is left."""
         if device.type != "cuda":
             return _MOST
-        return max(1, torch.cuda.mem_get_info(device)[0] // 2 // (_BYTES * self.laid_out.elements))
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(1, (torch.cuda.mem_get_info(device)[0] + unused) * 4 // 5 // (_BYTES * self.laid_out.elements))
 
     def restart(self) -> None:
         """Begin again from the iterate."""
@@ -180,19 +186,13 @@ class _Sweep:
             next_pixel=not solve,
         )
 
-    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
-        """The same work as one CUDA graph; on a CPU as it is."""
-        if self.plain.device.type != "cuda":
-            return work
-        return capture(work, self.plain.device)
-
 
 class WindowSweep(_Sweep):
     """Parallel iteration to the end, each image in a window of its own.
 
     Args:
         plain: The equations.
-        rows: Of a window, a multiple of 4; all of the image's: Jacobi.
+        rows: Of a window, a multiple of 4.
         slots: Images in work at a time.
         limit: Most iterations of an image.
         record_residual: Keep the largest change of every iteration.
@@ -206,7 +206,7 @@ class WindowSweep(_Sweep):
         self._launches = self.laid_out.launches()
         self._flag = torch.zeros(1, dtype=torch.int64, pin_memory=plain.device.type == "cuda")
         self.restart()
-        self._iterate = self.captured(self._iteration)
+        self._iterate = captured(self._iteration, plain.device)
 
     def _windows(self, slots: int) -> Windows:
         from lit_parallel.kernels.windows import Windows
@@ -230,7 +230,10 @@ class WindowSweep(_Sweep):
         self._flag.copy_(self.windows.progress, non_blocking=True)
 
     def run(self) -> FusedBooks:
-        """Iterate from the iterate until every image is finished."""
+        """Iterate from the iterate until every image is finished.
+
+        One more iteration may be under way when this returns: synchronise before the next run, as the solver loop does.
+        """
         self.restart()
         self._flag.zero_()
         replay_until_finished(self._iterate, self._flag, self.limit * self.plain.batch_size, self.plain.device)
@@ -238,7 +241,7 @@ class WindowSweep(_Sweep):
 
 
 class PixelSweep(_Sweep):
-    """Cached sequential sampling: a graph of a row for each set of levels that are due in it.
+    """Cached sequential sampling: a graph of a row for each number of levels that are due in it.
 
     Args:
         plain: The equations.
@@ -249,17 +252,17 @@ class PixelSweep(_Sweep):
         super().__init__(plain, _MOST, 1, 1)
         self.limit = plain.length if limit is None else limit
         self.restart()
-        self._row = [self.captured(partial(self._pass_row, due)) for due in range(1, RESOLUTIONS + 1)]
+        rows = {levels_due(row, 0): row for row in range(STRIDE)}
+        self._row = {due: captured(partial(self._pass_row, row), plain.device) for due, row in rows.items()}
 
     def _windows(self, slots: int) -> Windows:
         from lit_parallel.kernels.windows import Windows
 
         return Windows(self.plain.batch_size, slots, self.height, self.width, STRIDE, device=self.plain.device)
 
-    def _pass_row(self, due: int) -> None:
+    def _pass_row(self, row: int) -> None:
         for column in range(self.width):
-            levels = min(due, _due(column))
-            self.launch(self.laid_out.launches(levels, down=column == 0), solve=False)
+            self.launch(self.laid_out.launches(levels_due(row, column), down=column == 0), solve=False)
 
     def run(self) -> FusedBooks:
         """Draw every pixel once, row by row; what lies behind the limit is the guess again in the end."""
@@ -268,24 +271,6 @@ class PixelSweep(_Sweep):
             samples = first + torch.arange(self.windows.slots, device=self.x.device)
             self.windows.sample.copy_(torch.where(samples < self.plain.batch_size, samples, -1))
             for row in range(-(-self.limit // self.width)):
-                self._row[_due(row) - 1]()
+                self._row[levels_due(row, 0)]()
         self.x[:, self.limit :] = self.plain.guess[:, self.limit :]
         return self.windows.books
-
-
-def _due(number: int) -> int:
-    """How many levels have a pixel that begins at this row or column."""
-    return next((level for level in range(RESOLUTIONS) if number >> level & 1), RESOLUTIONS - 1) + 1
-
-
-def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Record work that launches kernels only, after a warm-up; what is returned replays it."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        work()
-    graph = torch.cuda.CUDAGraph()
-    with capturing(graph, stream):
-        work()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return graph.replay

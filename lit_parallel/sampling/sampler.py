@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -16,10 +17,8 @@ from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.solution import Solution, concatenate
 from lit_parallel.solvers import AUTO, SOLVER_NAMES, SolverLoop, SolverOptions, Stopping, build_solver
 from lit_parallel.solvers.loop import Observer
+from lit_parallel.solvers.options import CACHED_SEQUENTIAL
 from lit_parallel.systems import TriangularSystem
-
-CACHED_SEQUENTIAL = "cached_sequential"
-"""Ordinary sequential sampling with every activation computed once: the honest rival."""
 
 
 class SamplingModel(Protocol):
@@ -89,23 +88,20 @@ class Sampler:
 
             options = choose(model, options, batch_size, what).solver
         cached = options.name == CACHED_SEQUENTIAL
-        if cached and not model.incremental:
-            raise UserError(
-                f"{type(model).__name__} has no evaluation from caches: leave {CACHED_SEQUENTIAL} out of "
-                "compare.baselines."
-            )
         self.model, self.batch_size, self.seed, self.given = model, batch_size, what.seed, what.given is not None
         self.name = options.name
         schedule = build_solver(replace(options, name="sequential") if cached else options)
         incremental = cached or self.name == "gs_jacobi"
         self.system = model.sampling_system(batch_size, incremental=incremental, options=what.options, given=what.given)
-        if cached and self.system.reference() is self.system:  # full passes
+        if cached and not has_caches(self.system):
+            here = " with these sampling options on this device" if model.incremental else ""
             raise UserError(
-                f"on this device there is no evaluation from caches of {type(model).__name__} with these sampling "
-                f"options: leave {CACHED_SEQUENTIAL} out, or set sampling.precision=full and another coupling."
+                f"{type(model).__name__} has no evaluation from caches{here}: name another solver than "
+                f"{CACHED_SEQUENTIAL}, and leave it out of compare.baselines."
             )
         tolerance = self.system.tolerance if options.absolute_tolerance is None else options.absolute_tolerance
-        self.loop = SolverLoop(
+        self._new_loop = functools.partial(
+            SolverLoop,
             self.system,
             schedule,
             Stopping(options.max_iterations, tolerance, options.relative_tolerance),
@@ -114,6 +110,7 @@ class Sampler:
             record_residual=record_residual,
             cuda_graph=options.cuda_graph,
         )
+        self.loop = self._new_loop()
 
     def batch(self, indices: Sequence[int], observer: Observer | None = None) -> tuple[Tensor, Solution]:
         """Sample the images with these indices.
@@ -130,7 +127,8 @@ class Sampler:
         if not 1 <= count <= self.batch_size:
             raise UserError(f"a batch holds 1 to {self.batch_size} samples, got {count}")
         self.load(indices)
-        solution = self.loop.run(observer=observer)
+        # A loop that is watched runs eagerly, and one that ran to the end in one evaluation cannot be watched.
+        solution = self.loop.run() if observer is None else self._new_loop().run(observer=observer)
         solution.solver, solution.given = self.name, self.given
         solution = solution.first(count)
         return self.model.images(self.system, solution.value), solution
@@ -145,6 +143,11 @@ class Sampler:
         if solution.final_iteration is None:
             return None
         return self.model.pixel_map(self.system, solution.final_iteration).cpu()
+
+
+def has_caches(system: TriangularSystem) -> bool:
+    """Whether a system is evaluated from caches, and not by full passes: then these are its reference."""
+    return system.reference() is not system
 
 
 def as_options(solver: SolverOptions | str) -> SolverOptions:

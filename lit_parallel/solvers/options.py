@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from lit_parallel.options import option
 
 SOLVER_NAMES = ("sequential", "jacobi", "jacobi_gs", "gs_jacobi")
+CACHED_SEQUENTIAL = "cached_sequential"
+"""Ordinary sequential sampling with every activation computed once: the honest rival."""
+
 AUTO = "auto"
 """Not a solver: the fastest one for sampling a model here, as measured."""
 
@@ -14,7 +17,10 @@ class SolverOptions:
     """Which solver, its block or window, and when to stop."""
 
     name: str = option(
-        "gs_jacobi", "the schedule of equations (auto: the fastest here, as measured)", choices=(AUTO, *SOLVER_NAMES)
+        "gs_jacobi",
+        "the schedule of equations (cached_sequential: one after another, from caches; auto: the fastest here, as "
+        "measured)",
+        choices=(AUTO, *SOLVER_NAMES, CACHED_SEQUENTIAL),
     )
     block_size: int | None = option(
         None, "jacobi_gs: equations per block (null: the system's choice, such as a row)", minimum=1

@@ -11,8 +11,8 @@ from benchmarks import pixelcnnpp_ladder, pixelcnnpp_ways
 from benchmarks.pixelcnnpp_ladder import exactness, main
 from benchmarks.pixelcnnpp_ways import CACHED, EAGER, GRAPH, Rung, Way, rows_of
 from lit_parallel.sampling.autoregressive import AutoregressiveSystem
-from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL
 from lit_parallel.solvers import SolverOptions
+from lit_parallel.solvers.options import CACHED_SEQUENTIAL
 
 LIMIT = 60.0
 JACOBI = Way("Jacobi", SolverOptions(name="jacobi"))

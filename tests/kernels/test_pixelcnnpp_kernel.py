@@ -69,14 +69,28 @@ class Problem:
         assert (found[1] == 7).all()  # an idle slot puts nothing out
         assert not workspace.arena.view(-1).isnan().any()
 
-    def windows(self, rows):
+    def windows(self, rows, tile=None):
         workspace = self.workspace(rows * self.width)
         table = Table(self.laid_out.layers, rows, self.width, len(SAMPLES))
         for top in range(0, self.height, rows):
             workspace.top.fill_(top)
             for jobs in self.laid_out.launches():
-                run(table, workspace, jobs)
+                run(table, workspace, jobs, tile)
             self.check(workspace, rows, self.width, top, 0)
+
+    def lost_numbers(self):
+        """What 16 bits do not hold must not come out as if nothing had been."""
+        for large in (float("inf"), float("nan"), 1e6):
+            job = next(i for i, job in enumerate(self.laid_out.layers.jobs) if job.kind == Kind.ELU and not job.down)
+            before = sum(job.bias.numel() for job in self.laid_out.layers.jobs[:job])
+            spoilt = self.laid_out.layers.biases[before]
+            self.laid_out.layers.biases[before] = large
+            workspace = self.workspace(8 * self.width)
+            table = Table(self.laid_out.layers, 8, self.width, len(SAMPLES))
+            for jobs in self.laid_out.launches():
+                run(table, workspace, jobs)
+            assert not workspace.parameters[: 8 * self.width, :OUTPUTS].isfinite().any()
+            self.laid_out.layers.biases[before] = spoilt
 
     def pixels(self, last_row):
         workspace = self.workspace(1)
@@ -129,11 +143,23 @@ def test_small_launches_get_small_tiles_and_large_ones_large_tiles():
     assert tile(10**9, 1).programs(65, 65) == 4
 
 
+def test_a_tile_loads_as_far_ahead_as_shared_memory_allows():
+    tile = Tile(64, 64, 1, 4, 4)
+    chunk = 64 * (64 + 2 * 64) * 4  # rows and both products' outputs, in two halves each
+    assert tile.fitting(True, 227 * 1024).stages == 4
+    assert tile.fitting(True, 2 * chunk).stages == 2
+    assert tile.fitting(True, 2 * chunk - 1).stages == 1
+    assert tile.fitting(False, 2 * chunk).stages == 3
+
+
 INTERPRETED = """
 import torch
-from test_pixelcnnpp_kernel import COLOUR, GREY, Problem
+from test_pixelcnnpp_kernel import COLOUR, GREY, Problem, Tile, Kind
 torch.manual_seed(0)
 Problem(*GREY).windows(4)
+Problem(*GREY).windows(8, Tile(64, 32))  # whose sums are in one piece
+Problem(*GREY).windows(8, Tile(32, 16, 2, 4, 3))
+Problem(*GREY).lost_numbers()
 Problem(*GREY).pixels(1)
 Problem(*COLOUR).windows(8)
 """
@@ -160,6 +186,7 @@ def test_kernels_on_a_gpu(shape):
     for rows in (4, 8, problem.height):
         problem.windows(rows)
     problem.pixels(5)
+    problem.lost_numbers()
 
 
 @pytest.mark.gpu

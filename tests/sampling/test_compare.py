@@ -142,7 +142,8 @@ def test_a_model_without_caches_has_no_cached_sequential_sampling(model):
     with pytest.raises(UserError) as error:
         measure(model, ["jacobi"], ["cached_sequential"])
     assert str(error.value) == (
-        "ConditionalModule has no evaluation from caches: leave cached_sequential out of compare.baselines."
+        "ConditionalModule has no evaluation from caches: name another solver than cached_sequential, and leave it out "
+        "of compare.baselines."
     )
 
 

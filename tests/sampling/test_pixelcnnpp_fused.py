@@ -1,19 +1,23 @@
 """Whole passes of the fused PixelCNN++ sampler: here through the plain functions beside its kernels, and on a GPU."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 from small_models import pixel_by_pixel, pixelcnnpp
 
 from lit_parallel.errors import UserError
+from lit_parallel.modules.pixelcnnpp import PixelCNNppModule
 from lit_parallel.sampling import pixelcnnpp_fused
+from lit_parallel.sampling.auto import choose
 from lit_parallel.sampling.autoregressive import Given
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.sampling.pixelcnnpp_fused import FusedPixelCNNppSystem, PixelSweep, WindowSweep
-from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL, Sampler, What, sample
+from lit_parallel.sampling.sampler import Sampler, What, sample
 from lit_parallel.solution import Status
 from lit_parallel.solvers import GSJacobi, SolverLoop, SolverOptions
+from lit_parallel.solvers.options import CACHED_SEQUENTIAL
 
 BATCH = 3
 SHAPES = [(1, 8, 8), (3, 12, 8)]
@@ -86,7 +90,7 @@ def test_a_sweep_by_pixels_stops_at_its_limit(device):
     for limit in (1, 13, 24):
         sampler = Sampler(model, dataclasses.replace(options, max_iterations=limit), BATCH)
         images, solution = sampler.batch([0, 1, 2])
-        assert sampler.system._sweep is not None
+        assert isinstance(sampler.loop._state, FusedPixelCNNppSystem.Swept)
         assert torch.equal(images.flatten(1)[:, :limit], whole.flatten(1)[:, :limit])
         assert not images.flatten(1)[:, limit:].any()
         assert solution.frontier.tolist() == [limit] * BATCH
@@ -113,6 +117,7 @@ def test_the_sampler_takes_this_way_and_certifies_it(device, coupling, solver):
         assert (solution.iterations <= 64).all()
         assert sampler.pixel_map(solution).shape == (BATCH, 8, 8)
         assert solution.residual is not None
+        assert (solution.residual[0] > 0).all()
 
 
 @devices
@@ -160,7 +165,7 @@ def test_without_cuda_graphs_the_plain_evaluation_is_taken(device):
     model = pixelcnnpp((1, 8, 8)).to(device)
     sampler = Sampler(model, SolverOptions(name="gs_jacobi", cuda_graph=False), BATCH)
     images, _ = sampler.batch([0, 1, 2])
-    assert sampler.system._sweep is None
+    assert not isinstance(sampler.loop._state, FusedPixelCNNppSystem.Swept)
     assert torch.equal(images, Sampler(model, "gs_jacobi", BATCH).batch([0, 1, 2])[0])
 
 
@@ -173,3 +178,96 @@ def test_what_kernels_do_not_cover_takes_full_passes():
         assert not isinstance(system, FusedPixelCNNppSystem)
         with pytest.raises(UserError, match="no evaluation from caches"):
             Sampler(model, CACHED_SEQUENTIAL, BATCH, What(0, options))
+
+
+@devices
+def test_the_users_window_is_taken_rounded_up_to_whole_rows(device):
+    torch.manual_seed(0)
+    model = pixelcnnpp((1, 12, 8)).to(device)
+    for window, pixels in ((3, 32), (32, 32), (33, 64), (96, 96), (None, 64)):
+        _, solution = Sampler(model, SolverOptions(name="gs_jacobi", window=window), BATCH).batch([0, 1, 2])
+        assert (solution.evaluations == solution.iterations * pixels).all()
+
+
+@devices
+def test_two_loops_on_one_system_do_not_disturb_each_other(device):
+    torch.manual_seed(0)
+    system = FusedPixelCNNppSystem(plain_system(pixelcnnpp((1, 8, 8)).to(device)))
+    first, second = SolverLoop(system, GSJacobi(32)), SolverLoop(system, GSJacobi(64))
+    expected = first.run()
+    assert torch.equal(second.run().value, expected.value)
+    again = first.run()
+    assert torch.equal(again.value, expected.value)
+    assert torch.equal(again.iterations, expected.iterations)
+
+
+@devices
+def test_a_tolerance_is_for_the_plain_evaluation(device):
+    torch.manual_seed(0)
+    model = pixelcnnpp((1, 8, 8)).to(device)
+    sampler = Sampler(model, SolverOptions(name="gs_jacobi", absolute_tolerance=0.5, certify=False), BATCH)
+    _, solution = sampler.batch([0, 1, 2])
+    assert not isinstance(sampler.loop._state, FusedPixelCNNppSystem.Swept)
+    assert solution.status == [Status.SETTLED] * BATCH
+
+
+@devices
+def test_a_sampler_can_be_watched_before_and_after_its_own_runs(device):
+    torch.manual_seed(0)
+    model = pixelcnnpp((1, 8, 8)).to(device)
+    sampler = Sampler(model, "gs_jacobi", BATCH)
+    images, _ = sampler.batch([0, 1, 2])
+    seen = []
+    watched, _ = sampler.batch([0, 1, 2], observer=lambda step, x: seen.append(step))
+    assert torch.equal(watched, images)
+    assert seen == list(range(len(seen)))
+    assert len(seen) > 2
+    assert torch.equal(sampler.batch([0, 1, 2])[0], images)
+
+
+def test_a_pixel_runs_only_the_layers_that_are_due(monkeypatch):
+    """Otherwise the rival of parallel iteration would be a straw man."""
+    from lit_parallel.kernels import pixelcnnpp as kernels
+
+    torch.manual_seed(0)
+    sweep = PixelSweep(plain_system(pixelcnnpp((1, 8, 8))))
+    runs = Counter()
+
+    def count(table, workspace, jobs, tile=None):
+        for index in jobs:
+            job = table.layers.jobs[index]
+            runs[job.level, job.down] += 1
+
+    monkeypatch.setattr(kernels, "run", count)
+    sweep.run()
+    layers = Counter((job.level, job.down) for job in sweep.laid_out.layers.jobs)
+    for level in range(3):
+        size = 8 >> level
+        assert runs[level, False] == size * size * layers[level, False]
+        assert runs[level, True] == size * layers[level, True]
+
+
+def test_as_many_images_are_in_work_as_memory_takes(monkeypatch):
+    sweep = WindowSweep(plain_system(pixelcnnpp((1, 8, 8))), 4, 3, 64)
+    each = 12 * sweep.laid_out.elements
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * each, 9 * each))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 8 * each)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 6 * each)
+    assert sweep._fitting(torch.device("cuda")) == 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 9 * each))
+    assert sweep._fitting(torch.device("cuda")) == 1
+
+
+def test_where_kernels_do_not_run_nothing_is_called_cached(monkeypatch):
+    torch.manual_seed(0)
+    model = pixelcnnpp((1, 8, 8))
+    ordinary = PixelCNNppModule.sampling_system
+
+    def in_full(self, batch_size, *, incremental, **how):
+        return ordinary(self, batch_size, incremental=False, **how)
+
+    monkeypatch.setattr(PixelCNNppModule, "sampling_system", in_full)
+    with pytest.raises(UserError, match="no evaluation from caches with these sampling options on this device"):
+        Sampler(model, CACHED_SEQUENTIAL, BATCH)
+    choice = choose(model, SolverOptions(name="auto", remeasure=True), BATCH, What())
+    assert all(CACHED_SEQUENTIAL not in candidate.label for candidate in choice.candidates)

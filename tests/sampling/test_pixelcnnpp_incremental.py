@@ -15,9 +15,10 @@ from lit_parallel.sampling.autoregressive import AutoregressiveSystem, Given
 from lit_parallel.sampling.incremental import Memory, Rectangle
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.sampling.pixelcnnpp import IncrementalPixelCNNppSystem
-from lit_parallel.sampling.sampler import CACHED_SEQUENTIAL, sample
+from lit_parallel.sampling.sampler import sample
 from lit_parallel.solution import Status
 from lit_parallel.solvers import GSJacobi, Jacobi, JacobiGS, Sequential, SolverLoop, SolverOptions
+from lit_parallel.solvers.options import CACHED_SEQUENTIAL
 from lit_parallel.systems import select
 
 BATCH = 3

@@ -530,7 +530,8 @@ def test_the_command_reports_the_choice(tmp_path, clock, fastest):
     assert labels == ["gs_jacobi with window 20", "cached_sequential", "jacobi"]
     assert report["solution"]["solver"] == results.solution.solver == fastest
     compared = [row["solver"] for row in report["comparison"]["rows"]]
-    assert compared == list(dict.fromkeys([fastest, "sequential", "cached_sequential"]))
+    assert compared[0] == fastest  # as it was chosen: certified, unlike a baseline of the same name
+    assert sorted(compared[1:]) == ["cached_sequential", "sequential"]
     assert report["certified"] is True
     named = run("solver.name=gs_jacobi")
     assert torch.equal(named.images, results.images)
