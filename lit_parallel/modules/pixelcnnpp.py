@@ -8,6 +8,7 @@ import torch
 
 from lit_parallel.conditionals import DiscretizedLogisticMixture
 from lit_parallel.errors import UserError
+from lit_parallel.kernels import triton_runs_on
 from lit_parallel.modules.conditional import ConditionalModule
 from lit_parallel.modules.options import OptimizerOptions, PixelCNNppOptions
 from lit_parallel.networks import PixelCNNpp
@@ -16,7 +17,6 @@ from lit_parallel.networks.pixelcnnpp import STRIDE
 from lit_parallel.sampling.autoregressive import AutoregressiveSystem, Given
 from lit_parallel.sampling.options import SamplingOptions
 from lit_parallel.sampling.pixelcnnpp import IncrementalPixelCNNppSystem
-from lit_parallel.sampling.pixelcnnpp_fused import FusedPixelCNNppSystem
 from lit_parallel.systems import TriangularSystem
 
 
@@ -74,8 +74,11 @@ class PixelCNNppModule(ConditionalModule):
         assert isinstance(plain, AutoregressiveSystem)
         if not (incremental and self.incremental):
             return plain
-        if FusedPixelCNNppSystem.covered(plain):
-            return FusedPixelCNNppSystem(plain)
+        if triton_runs_on(self.device):
+            from lit_parallel.sampling.pixelcnnpp_fused import FusedPixelCNNppSystem
+
+            if FusedPixelCNNppSystem.covered(plain):
+                return FusedPixelCNNppSystem(plain)
         # On a GPU full passes are faster than layer after layer, each with what it remembers.
         return IncrementalPixelCNNppSystem(plain) if self.device.type == "cpu" else plain
 

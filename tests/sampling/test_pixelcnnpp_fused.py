@@ -1,7 +1,10 @@
 """Whole passes of the fused PixelCNN++ sampler: here through the plain functions beside its kernels, and on a GPU."""
 
 import dataclasses
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ def _covered(monkeypatch, request):
     """Let the system take its own way on a CPU, too."""
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("device") == "cpu":
         monkeypatch.setattr(FusedPixelCNNppSystem, "covered", staticmethod(lambda plain: True))
+        monkeypatch.setattr("lit_parallel.modules.pixelcnnpp.triton_runs_on", lambda device: True)
 
 
 def plain_system(model, batch=BATCH, given=None, **options):
@@ -271,3 +275,18 @@ def test_where_kernels_do_not_run_nothing_is_called_cached(monkeypatch):
         Sampler(model, CACHED_SEQUENTIAL, BATCH)
     choice = choose(model, SolverOptions(name="auto", remeasure=True), BATCH, What())
     assert all(CACHED_SEQUENTIAL not in candidate.label for candidate in choice.candidates)
+
+
+def test_without_triton_a_model_is_sampled_all_the_same():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.path[:0] = " + repr(sys.path) + "\n"
+        "import lit_parallel.checkpoint, train, sample\n"
+        "from lit_parallel.sampling.sampler import sample\n"
+        "from small_models import pixelcnnpp\n"
+        "assert sample(pixelcnnpp((1, 8, 8)), 2)[1].certified.all()\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
