@@ -5,8 +5,9 @@ project are declared beside that part; the schemas here collect them.
 """
 
 import dataclasses
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,6 +38,10 @@ from lit_parallel.solvers.options import SOLVER_NAMES, SolverOptions
 
 Schema = TypeVar("Schema")
 
+_MOST_BYTES = 1 << 20  # of a config file
+_MOST_VALUES = 100_000  # in a config, as _extent counts them
+_REFERENCE = re.compile(r"(\\*)\$\{")
+
 BASELINE_NAMES = ("sequential", "cached_sequential")
 WANDB_MODES = ("offline", "online", "disabled")
 STAGES = ("train", "test")
@@ -55,8 +60,10 @@ class TrainerOptions:
 
     accelerator: str = option("auto", "the kind of device", choices=_ACCELERATORS)
     strategy: str = option("auto", "how processes work together, such as ddp")
-    devices: int | str | list[int] = option("auto", "how many devices, or which ([0, 1]); -1: all")
-    num_nodes: int = option(1, "machines that work together", minimum=1)
+    devices: int | str | list[int] = option(
+        "auto", "how many devices, or which ([0, 1]); -1: all", minimum=-1, maximum=1024
+    )
+    num_nodes: int = option(1, "machines that work together", minimum=1, maximum=100_000)
     precision: str | None = option(None, "arithmetic of the network (null: 32-true)", choices=_PRECISIONS)
     fast_dev_run: int | bool = option(False, "try everything with so many batches (true: one) and stop", minimum=0)
     max_epochs: int | None = option(None, "epochs after which training stops (-1: never)", minimum=-1)
@@ -236,7 +243,7 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
     given = OmegaConf.create() if path is None else _read_yaml(Path(path))
     for override in overrides:
         _apply_override(given, override)
-    return from_container(schema, typing.cast(dict[str, Any], OmegaConf.to_container(given)))
+    return _from_container(schema, typing.cast(dict[str, Any], OmegaConf.to_container(given)))
 
 
 def to_container(config: Any) -> dict[str, Any]:
@@ -247,9 +254,22 @@ def to_container(config: Any) -> dict[str, Any]:
 def from_container(schema: type[Schema], container: dict[str, Any]) -> Schema:
     """Return the config that plain dicts describe; what they leave out keeps its default.
 
+    They are data, from a checkpoint for instance: a text such as ``${oc.env:HOME}`` in them stays that text.
+
     Raises:
         UserError: An option is unknown, of the wrong type, missing or out of range.
     """
+    if _extent(container, _inside_container) > _MOST_VALUES:
+        raise UserError("a config cannot hold so many values")
+    return _from_container(schema, _literal(container))
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write a config as YAML that `load_config` reads back to an equal one."""
+    OmegaConf.save(OmegaConf.create(_literal(to_container(config))), path)
+
+
+def _from_container(schema: type[Schema], container: dict[str, Any]) -> Schema:
     typed = OmegaConf.structured(schema)
     _fill(typed, container, known=option_keys(schema()))
     try:
@@ -262,14 +282,59 @@ def from_container(schema: type[Schema], container: dict[str, Any]) -> Schema:
     return typing.cast(Schema, config)
 
 
-def save_config(config: Any, path: str | Path) -> None:
-    """Write a config as YAML that `load_config` reads back to an equal one."""
-    OmegaConf.save(OmegaConf.create(to_container(config)), path)
+def _literal(value: Any) -> Any:
+    """The same values, with texts that OmegaConf would take for references escaped."""
+    if isinstance(value, dict):
+        return {name: _literal(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return _REFERENCE.sub(r"\1\1\${", value) if isinstance(value, str) else value
+
+
+def _extent(value: Any, inside: Callable[[Any], Iterable[Any]], known: dict[int, int] | None = None) -> int:
+    """Values in a value, itself included, each level of nesting counted twice: a bound of their number and depth.
+
+    A few lines of references to references can stand for billions.
+    """
+    known = {} if known is None else known
+    if id(value) not in known:
+        known[id(value)] = _MOST_VALUES  # until it is known: a value that holds itself is never small enough
+        known[id(value)] = 1 + 2 * sum(_extent(item, inside, known) for item in inside(value))
+    return known[id(value)]
+
+
+def _inside_container(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _inside_yaml(node: yaml.Node | None) -> Iterable[Any]:
+    if isinstance(node, yaml.MappingNode):
+        return (part for pair in node.value for part in pair)
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """The structure of a YAML text, which is no larger and no deeper than a config can be.
+
+    Raises:
+        yaml.YAMLError: If it is not valid.
+    """
+    try:
+        node = yaml.compose(text)
+        if _extent(node, _inside_yaml) <= _MOST_VALUES:
+            return node
+    except RecursionError:
+        pass
+    raise yaml.YAMLError("it holds more than a config can")
 
 
 def _read_yaml(path: Path) -> DictConfig:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         found = [file.name for pattern in ("*.yaml", "*.yml") for file in path.parent.glob(pattern)]
         known = [name for name in found if not name.startswith(".")]
@@ -278,8 +343,10 @@ def _read_yaml(path: Path) -> DictConfig:
         raise UserError(f"Cannot read the config file '{path}': {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"The config file '{path}' is not a text file.") from error
+    if len(content) > _MOST_BYTES:
+        raise UserError(f"The config file '{path}' is larger than {_MOST_BYTES:,} bytes: that is no config.")
     try:
-        node = yaml.compose(text)
+        node = _compose(text)
         if node is None or isinstance(node, yaml.MappingNode):
             return typing.cast(DictConfig, OmegaConf.create(text))
     except yaml.MarkedYAMLError as error:
@@ -297,6 +364,7 @@ def _apply_override(given: DictConfig, override: str) -> None:
     if not value:
         raise UserError(f"The override '{override}' has no value. Write '{key}=null' for none, \"{key}=''\" for empty.")
     try:
+        _compose(value)
         given.merge_with_dotlist([override])
     except yaml.MarkedYAMLError as error:
         raise UserError(f"Cannot read the value of the override '{override}': {error.problem}.") from error

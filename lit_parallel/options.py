@@ -14,6 +14,8 @@ from lit_parallel.errors import UserError, did_you_mean
 # The largest seed that NumPy, and so Lightning, takes.
 MAX_SEED = 2**32 - 1
 
+_MOST_LETTERS = 200  # of a value in an error message
+
 # Words for the types that a config can hold, in error messages and in --help.
 _TYPE_NAMES = {
     int: "integer",
@@ -177,5 +179,9 @@ def describe_type(hint: Any) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Write a value as an error message shows it: text in quotes, the rest as in YAML."""
-    return repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """Write a value as an error message shows it: text in quotes, the rest as in YAML; not more than fits a line."""
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):  # keys that YAML does not know, or a value that holds itself
+        text = repr(value)
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}..."

@@ -213,7 +213,7 @@ def test_model_name_chooses_the_dataclass(tmp_path):
         ("optimizer.lr=nan", "Option 'optimizer.lr' must be a finite number, not nan."),
         ("optimizer.lr=.inf", "Option 'optimizer.lr' must be a finite number, not inf."),
         ("model.hidden_sizes=[]", "Option 'model.hidden_sizes' must not be empty."),
-        ("model.hidden_sizes=[3,0]", "Option 'model.hidden_sizes[1]' must be >= 1, not 0."),
+        ("model.hidden_sizes=[3,0]", "Option 'model.hidden_sizes[1]' must be from 1 to 1048576, not 0."),
         ("experiment=''", "Option 'experiment' must not be empty."),
         ("trainer.limit_train_batches=-1", "Option 'trainer.limit_train_batches' must be >= 0, not -1."),
         # form

@@ -5,6 +5,7 @@ import torch
 
 from lit_parallel.data.in_memory import InMemoryData, Samples
 from lit_parallel.data.options import AddingOptions
+from lit_parallel.memory import check_memory
 
 # Two streams of random numbers that no seed makes one.
 _TRAINING, _TEST = 0, 1
@@ -27,6 +28,8 @@ class AddingData(InMemoryData):
     def __init__(self, options: AddingOptions, seed: int):
         """See `InMemoryData`; the seed also draws the training sequences."""
         super().__init__(options, seed)
+        numbers = 3 * options.length * (options.size + options.test_size)  # inputs, and what one of them is drawn from
+        check_memory(4 * numbers, "set a smaller data.size, data.test_size or data.length")
 
     @property
     def sample_shape(self) -> tuple[int, int]:

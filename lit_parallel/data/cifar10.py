@@ -1,14 +1,17 @@
 """CIFAR-10, read from its official binary version."""
 
 import math
+import tarfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pooch
 
 from lit_parallel.data.download import download
 from lit_parallel.data.image_data import ImageSet
-from lit_parallel.data.official import OfficialData, damaged, read_bytes
+from lit_parallel.data.official import OfficialData, damaged, read_at_most, read_bytes
+from lit_parallel.errors import one_line
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -33,8 +36,11 @@ class Cifar10Data(OfficialData):
 
     def fetch(self, names: list[str]) -> None:
         """See `OfficialData`."""
-        members = [f"{ARCHIVE_FOLDER}/{name}" for name in names]
-        download([URL], MD5, self.folder, pooch.Untar(members, extract_dir="."))
+
+        def unpack(archive: str, *_: Any) -> None:
+            _unpack(Path(archive), names)
+
+        download([URL], MD5, self.folder, unpack)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """See `ImageData`."""
@@ -57,3 +63,22 @@ class Cifar10Data(OfficialData):
         if (labels >= self.num_classes).any():
             raise damaged(path, f"it holds the label {labels.max()}, and the last one is 9")
         return images, labels
+
+
+def _unpack(archive: Path, names: list[str]) -> None:
+    """Copy the named files out of the archive, beside it; whatever else it holds, and wherever that points, stays."""
+    folder = archive.parent / ARCHIVE_FOLDER
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        try:
+            with tarfile.open(archive) as tar:
+                member = tar.getmember(f"{ARCHIVE_FOLDER}/{name}")
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is None:
+                    raise KeyError(f"'{member.name}' is no file")
+                content = read_at_most(archive, file)
+        except (KeyError, tarfile.TarError, EOFError, zlib.error) as error:
+            raise damaged(archive, f"it cannot be unpacked ({one_line(error)})") from error
+        incomplete = folder / f"{name}.incomplete"
+        incomplete.write_bytes(content)
+        incomplete.replace(folder / name)  # so that a file by this name is always whole

@@ -1,6 +1,7 @@
 """MNIST, read from its official IDX files."""
 
 import gzip
+import io
 import math
 import zlib
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from lit_parallel.data.augmentation import random_crop
 from lit_parallel.data.download import download
 from lit_parallel.data.image_data import ImageSet
-from lit_parallel.data.official import OfficialData, damaged, read_bytes
+from lit_parallel.data.official import OfficialData, damaged, read_at_most, read_bytes
 
 # The original site no longer serves the files.
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist")
@@ -80,7 +81,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     content = read_bytes(path)
     if content.startswith(GZIP_MAGIC):  # not the name: it may keep its .gz when a browser unpacks the file
         try:
-            content = gzip.decompress(content)
+            content = read_at_most(path, gzip.GzipFile(fileobj=io.BytesIO(content)))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise damaged(path, f"gzip cannot unpack it ({error})") from error
 

@@ -1,9 +1,11 @@
 """Datasets that are read from their official files."""
 
+import io
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import pooch
 from pytorch_lightning.utilities import rank_zero_info
@@ -12,6 +14,9 @@ from lit_parallel.data.download import DownloadError
 from lit_parallel.data.image_data import ImageData
 from lit_parallel.data.options import DataOptions
 from lit_parallel.errors import UserError
+
+MOST_BYTES = 1 << 26
+"""No official file is larger when it is unpacked; what claims to be is not read further."""
 
 
 class OfficialData(ImageData):
@@ -109,12 +114,29 @@ def read_bytes(path: Path) -> bytes:
     """Return what a file holds.
 
     Raises:
-        UserError: If the file may not or cannot be read.
+        UserError: If the file may not or cannot be read, or is larger than any official one.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return read_at_most(path, file)
     except OSError as error:
         raise UserError(f"Cannot read '{path}' ({error.strerror}): check its permissions and the disk.") from error
+
+
+def read_at_most(path: Path, file: IO[bytes] | io.BufferedIOBase) -> bytes:
+    """Return what an open file holds, which may be unpacked as it is read.
+
+    Args:
+        path: Its name, for the message.
+        file: Read up to `MOST_BYTES`.
+
+    Raises:
+        UserError: If it holds more than any official file.
+    """
+    content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise damaged(path, f"it holds more than {MOST_BYTES:,} bytes")
+    return content
 
 
 def damaged(path: Path, problem: str) -> UserError:

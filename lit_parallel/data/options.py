@@ -19,7 +19,7 @@ class LoaderOptions:
     validation_fraction: float = option(
         0.1, "part of the training samples held out for validation", minimum=0, maximum=0.5
     )
-    num_workers: int = option(0, "loader processes (0: load in the main process)", minimum=0)
+    num_workers: int = option(0, "loader processes (0: load in the main process)", minimum=0, maximum=1024)
 
 
 @dataclass
@@ -38,7 +38,7 @@ class AddingOptions(LoaderOptions):
     """The adding problem: sequences of numbers, two of which are marked and to be added up."""
 
     name: str = option("adding", "the kind of data", choices=("adding",))
-    length: int = option(200, "time steps of a sequence", minimum=2)
+    length: int = option(200, "time steps of a sequence", minimum=2, maximum=1 << 24)
     size: int = option(10_000, "sequences to train and validate with", minimum=1)
     test_size: int = option(1000, "sequences to test with", minimum=1)
 
@@ -49,8 +49,10 @@ class ImageFolderOptions(LoaderOptions):
 
     name: str = option("image_folder", "the kind of data", choices=("image_folder",))
     folder: str | None = option(None, "folder that holds the folders train and val")
-    resize: int = option(256, "evaluation: pixels of the shorter side after resizing", minimum=1)
-    crop: int = option(224, "height and width of the images; evaluation cuts out the centre", minimum=1)
+    resize: int = option(256, "evaluation: pixels of the shorter side after resizing", minimum=1, maximum=1 << 12)
+    crop: int = option(
+        224, "height and width of the images; evaluation cuts out the centre", minimum=1, maximum=1 << 12
+    )
     augment: bool = option(True, "training: cut out and mirror at random (false: as in evaluation)")
 
 

@@ -14,10 +14,14 @@ class MadeOptions:
     """A MADE: masked multilayer perceptron with a logistic distribution per pixel."""
 
     name: str = option("made", "the kind of model", choices=("made",))
-    hidden_sizes: list[int] = option([512, 512], "units of each hidden layer", minimum=1, non_empty=True)
+    hidden_sizes: list[int] = option(
+        [512, 512], "units of each hidden layer", minimum=1, maximum=1 << 20, non_empty=True
+    )
     order: str = option("natural", "order in which pixels are generated", choices=("natural", "random"))
     degrees: str = option("spaced", "how hidden units are assigned to positions", choices=("spaced", "random"))
-    num_masks: int = option(1, "masks that training cycles through; evaluation and sampling use the first", minimum=1)
+    num_masks: int = option(
+        1, "masks that training cycles through; evaluation and sampling use the first", minimum=1, maximum=1000
+    )
     mask_seed: int = option(0, "seed of random orders and degrees", minimum=0, maximum=MAX_SEED)
     logit_lambda: float | None = option(
         None, "squeeze of the logit transform (null: 1e-6 for grey, 0.05 for colour)", above=0, below=0.5
@@ -29,11 +33,11 @@ class PixelCNNppOptions:
     """A PixelCNN++: causal convolutions with a mixture of discretised logistics per pixel."""
 
     name: str = option("pixelcnnpp", "the kind of model", choices=("pixelcnnpp",))
-    filters: int = option(160, "features of each of the two streams", minimum=1)
-    resnets: int = option(5, "gated resnets per resolution", minimum=1)
-    mixtures: int = option(10, "logistics in the mixture of a pixel", minimum=1)
+    filters: int = option(160, "features of each of the two streams", minimum=1, maximum=1 << 16)
+    resnets: int = option(5, "gated resnets per resolution", minimum=1, maximum=50)
+    mixtures: int = option(10, "logistics in the mixture of a pixel", minimum=1, maximum=1000)
     dropout: float = option(0.5, "part of the features that training leaves out", minimum=0, below=1)
-    num_classes: int | None = option(None, "labels that condition the network (null: none)", minimum=1)
+    num_classes: int | None = option(None, "labels that condition the network (null: none)", minimum=1, maximum=1 << 20)
     initial_images: int = option(100, "training images from which the weights are initialised", minimum=1)
 
 
@@ -44,14 +48,14 @@ class RnnOptions:
     name: str = option("rnn", "the kind of model", choices=("rnn",))
     task: str = option("next_pixel", "next_pixel and classification of images; regression of sequences", choices=TASKS)
     cell: str = option("lstm", "what is computed at every time step", choices=CELLS)
-    hidden_size: int = option(128, "numbers in a hidden state", minimum=1)
-    layers: int = option(1, "recurrent layers, one upon the other", minimum=1)
+    hidden_size: int = option(128, "numbers in a hidden state", minimum=1, maximum=1 << 20)
+    layers: int = option(1, "recurrent layers, one upon the other", minimum=1, maximum=1000)
     dropout: float = option(0.0, "part of the states between layers that training leaves out", minimum=0, below=1)
     bidirectional: bool = option(False, "read the sequence from both ends")
     forget_bias: float | None = option(
         None, "lstm, gru: first bias of the gate that keeps the state; b keeps it about e^b steps (null: PyTorch's)"
     )
-    num_classes: int | None = option(None, "classification: labels (null: 10)", minimum=1)
+    num_classes: int | None = option(None, "classification: labels (null: 10)", minimum=1, maximum=1 << 20)
 
 
 @dataclass
@@ -60,14 +64,20 @@ class DenseNetOptions:
 
     name: str = option("densenet", "the kind of model", choices=("densenet",))
     architecture: str = option("densenet121", "a published one, cifar (by depth), or custom", choices=ARCHITECTURES)
-    depth: int | None = option(None, "cifar: layers, 3 blocks of (depth - 4) / 6 (null: 100)", minimum=10)
-    growth_rate: int | None = option(None, "cifar, custom: features that a layer adds (null: 12)", minimum=1)
-    block_config: list[int] | None = option(None, "custom: layers of each block", minimum=1, non_empty=True)
+    depth: int | None = option(
+        None, "cifar: layers, 3 blocks of (depth - 4) / 6 (null: 100)", minimum=10, maximum=10_000
+    )
+    growth_rate: int | None = option(
+        None, "cifar, custom: features that a layer adds (null: 12)", minimum=1, maximum=1 << 16
+    )
+    block_config: list[int] | None = option(
+        None, "custom: layers of each block", minimum=1, maximum=1000, non_empty=True
+    )
     drop_rate: float = option(0.0, "part of a layer's features that training leaves out", minimum=0, below=1)
     compression: float | None = option(
         None, "custom: part of the features that a transition keeps (null: 0.5)", above=0, maximum=1
     )
-    num_classes: int | None = option(None, "labels (null: 1000 if published, else 10)", minimum=2)
+    num_classes: int | None = option(None, "labels (null: 1000 if published, else 10)", minimum=2, maximum=1 << 20)
     small_images: bool | None = option(
         None, "begin with a 3x3 convolution and no pooling (null: for cifar, and below 64 pixels)"
     )

@@ -248,8 +248,8 @@ def test_wrong_label_in_cifar10(cifar_folder):
 
 
 def test_unreadable_file(cifar_folder, monkeypatch):
-    def refuse(path):
+    def refuse(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     fails("cifar10", cifar_folder, f"Cannot read '{cifar_folder / 'data_batch_1.bin'}' (Permission denied)")
