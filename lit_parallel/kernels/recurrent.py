@@ -20,8 +20,8 @@ from lit_parallel.kernels.recurrent_factors import linearise
 from lit_parallel.recurrent.cells import Cell, Layer, cell_of
 from lit_parallel.recurrent.chain import Chain, Disagreement, Walk, blocks_of
 
-_MAX_RESIDENT = 128  # hidden units whose matrix stays on the chip
-_KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
+MAX_RESIDENT = 128  # hidden units whose matrix stays on the chip
+KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _step_rnn(
 
 
 @triton.jit
-def _put_aside(p, scale, put, size, mask, FULL: tl.constexpr):
+def put_aside(p, scale, put, size, mask, FULL: tl.constexpr):
     """Split ``p * scale`` into two halves of 16 bits and write them."""
     scaled = p * scale[:, None]
     high = scaled.to(tl.float16)
@@ -83,7 +83,7 @@ def _put_aside(p, scale, put, size, mask, FULL: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
+def multiply(
     aside, size, weight, row, inside, h,
     H: tl.constexpr, HP: tl.constexpr, K: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
     FULL: tl.constexpr,
@@ -113,7 +113,7 @@ def _multiply(
 
 
 @triton.jit
-def _scale_of(largest):
+def scale_of(largest):
     """The power of two that brings a row's largest number near 2^10, where 16 bits hold most of it."""
     usable = (largest > 1e-30) & (largest < 1e30)
     exponent = tl.floor(tl.log2(tl.where(usable, largest, 1.0)))
@@ -176,15 +176,15 @@ def _step_streamed(
             tl.store(out, p_0, mask=mask)
             tl.store(out + H, p_1, mask=mask)
             tl.store(out + 2 * H, p_2, mask=mask)
-    scale, back = _scale_of(tl.max(largest, axis=1))
-    _put_aside(p_0, scale, put, size, mask, FULL)
+    scale, back = scale_of(tl.max(largest, axis=1))
+    put_aside(p_0, scale, put, size, mask, FULL)
     if KIND >= 2:
-        _put_aside(p_1, scale, put + H, size, mask, FULL)
-        _put_aside(p_2, scale, put + 2 * H, size, mask, FULL)
+        put_aside(p_1, scale, put + H, size, mask, FULL)
+        put_aside(p_2, scale, put + 2 * H, size, mask, FULL)
     if KIND == 3:
-        _put_aside(p_3, scale, put + 3 * H, size, mask, FULL)
+        put_aside(p_3, scale, put + 3 * H, size, mask, FULL)
     tl.debug_barrier()  # what one thread has put aside, all read
-    product = _multiply(aside, size, weight, row, inside, h, H, HP, K, R, DEPTH, STAGES, FULL)
+    product = multiply(aside, size, weight, row, inside, h, H, HP, K, R, DEPTH, STAGES, FULL)
     tl.debug_barrier()
     return tl.where(on, new + product * (back * weight_scale)[:, None], v), new_c, squares
 
@@ -273,7 +273,49 @@ def _disagreement(arrived, left, energies, sums, blocks, B, S: tl.constexpr, SP:
     tl.atomic_max(sums + b * 3 + 2, tl.max(tl.where(squared > 0.0, squared / tl.maximum(size, 1e-30), 0.0), axis=0))
 
 
-class KernelChain(Chain):
+class LaunchedChain(Chain):
+    """A chain whose blocks are walked by a kernel, and compared by another.
+
+    Attributes:
+        halo: On the device, ``[1]``: if given, it counts instead of the argument of :meth:`walk`.
+    """
+
+    halo: Tensor | None = None
+
+    def halo_at(self, halo: int) -> Tensor:
+        """Where a kernel reads it: not as an argument, so that a captured graph stays when it changes."""
+        if self.halo is not None:
+            return self.halo
+        return torch.full((1,), halo, dtype=torch.int32, device=self.last.device)
+
+    def border_sums(self, walk: Walk) -> Tensor:
+        """Per sequence: squares of residuals and of the solution, and the largest relative residual, ``[batch, 3]``."""
+        blocks = len(walk.left)
+        sums = walk.left.new_zeros(self.batch, 3)
+        padded = max(16, triton.next_power_of_2(self.state_size))
+        rows = max(1, 4096 // padded)
+        _disagreement[(triton.cdiv(blocks, rows), self.batch)](
+            walk.arrived, walk.left, walk.energy, sums, blocks, self.batch, self.state_size, padded, rows
+        )
+        return sums
+
+    def disagreement(self, walk: Walk) -> Callable[[], Disagreement]:
+        sums = self.border_sums(walk)
+        if not sums.is_cuda:
+            return lambda: read_sums(sums)
+        arrived = torch.empty(sums.shape, pin_memory=True)
+        arrived.copy_(sums, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def result() -> Disagreement:
+            done.synchronize()
+            return read_sums(arrived)
+
+        return result
+
+
+class KernelChain(LaunchedChain):
     """The adjoint of a layer, walked by the kernel."""
 
     def __init__(
@@ -297,13 +339,11 @@ class KernelChain(Chain):
         self.state_size = cell.states * self.hidden
         self.gradient_size = cell.pre_activations * self.hidden
         self.halves = self.scale = self.weight
-        self.resident = cell.gates == 1 and self.hidden <= _MAX_RESIDENT
+        self.resident = cell.gates == 1 and self.hidden <= MAX_RESIDENT
         # Measured on an H100.
         self.step_costs = (3e-6, 1e-9) if self.resident else (1e-5, 2.6e-9 * (self.hidden / 128) ** 2)
         if not self.resident:
-            self.halves, self.scale = _halves(self.weight)
-        #: On the device, ``[1]``: if given, it counts instead of the argument of :meth:`walk`.
-        self.halo: Tensor | None = None
+            self.halves, self.scale = halves_of(self.weight)
 
     def walk(
         self, block: int, halo: int = 0, start: Tensor | None = None, *, source: bool = True, into: Tensor | None = None
@@ -333,13 +373,13 @@ class KernelChain(Chain):
             self.length,
             self.batch,
             block,
-            torch.full((1,), halo, dtype=torch.int32, device=self.last.device) if self.halo is None else self.halo,
+            self.halo_at(halo),
             columns,
             rows,
             self.hidden,
             max(16, triton.next_power_of_2(self.hidden)),
             per_program,
-            _KINDS[self.kind],
+            KINDS[self.kind],
             start is not None,
             source,
             into is not None,
@@ -354,32 +394,6 @@ class KernelChain(Chain):
     def preferred_coarse_block(self) -> int:
         # A step takes long, however few blocks walk it.
         return min(max(round(math.sqrt(self.length) / 2), 16), 64)
-
-    def border_sums(self, walk: Walk) -> Tensor:
-        """Per sequence: squares of residuals and of the solution, and the largest relative residual, ``[batch, 3]``."""
-        blocks = len(walk.left)
-        sums = walk.left.new_zeros(self.batch, 3)
-        padded = max(16, triton.next_power_of_2(self.state_size))
-        rows = max(1, 4096 // padded)
-        _disagreement[(triton.cdiv(blocks, rows), self.batch)](
-            walk.arrived, walk.left, walk.energy, sums, blocks, self.batch, self.state_size, padded, rows
-        )
-        return sums
-
-    def disagreement(self, walk: Walk) -> Callable[[], Disagreement]:
-        sums = self.border_sums(walk)
-        if not sums.is_cuda:
-            return lambda: read_sums(sums)
-        arrived = torch.empty(sums.shape, pin_memory=True)
-        arrived.copy_(sums, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-
-        def result() -> Disagreement:
-            done.synchronize()
-            return read_sums(arrived)
-
-        return result
 
     def _product(self, columns: int) -> str:
         """How the product with a matrix that stays on the chip is computed."""
@@ -411,7 +425,7 @@ def read_sums(sums: Tensor) -> Disagreement:
     return Disagreement(math.sqrt(relative), math.sqrt(ratio))
 
 
-def _halves(weight: Tensor) -> tuple[Tensor, Tensor]:
+def halves_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix as the sum of two halves of 16 bits, ``[2, ...]``, times a scale, ``[1]``: 22 bits of every number."""
     exponent = torch.floor(torch.log2(weight.abs().amax().clamp(1e-30, 1e30))) - 10
     scaled = weight * torch.exp2(-exponent)

@@ -20,12 +20,12 @@ _ROWS, _UNITS, _DEPTH = 64, 32, 32  # of the tiles of a product
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     # Without cancellation near 0, where 1 - 2 / (exp(2 x) + 1) would lose its digits: a few terms of the series.
     small = x * (1.0 + x * x * (-0.33333333 + x * x * (0.13333333 - 0.053968254 * x * x)))
     e = tl.exp(-2.0 * tl.abs(x))
@@ -105,13 +105,13 @@ def _gates(
     mask = (row < steps)[:, None] & (unit < H)[None, :]
     if GATES == 4:
         to = out + at * (4 * H) + unit[None, :]
-        tl.store(to, _sigmoid(acc_0), mask=mask)
-        tl.store(to + H, _sigmoid(acc_1), mask=mask)
-        tl.store(to + 2 * H, _tanh(acc_2), mask=mask)
-        tl.store(to + 3 * H, _sigmoid(acc_3), mask=mask)
+        tl.store(to, sigmoid(acc_0), mask=mask)
+        tl.store(to + H, sigmoid(acc_1), mask=mask)
+        tl.store(to + 2 * H, tanh(acc_2), mask=mask)
+        tl.store(to + 3 * H, sigmoid(acc_3), mask=mask)
     else:
-        r, z = _sigmoid(acc_0), _sigmoid(acc_1)
-        new = _tanh(acc_3 + r * acc_2)
+        r, z = sigmoid(acc_0), sigmoid(acc_1)
+        new = tanh(acc_3 + r * acc_2)
         before = tl.load(output + (at - B) * H + unit[None, :], mask=mask & later[:, None], other=0.0)
         before += tl.load(h_0 + at * H + unit[None, :], mask=mask & first[:, None], other=0.0)
         to_n = (1.0 - z) * (1.0 - new * new)
@@ -191,7 +191,7 @@ def _linearise_lstm(gates, first, factors, T, B, H: tl.constexpr, PIECE: tl.cons
     earlier += product * start[None, :]
     i, f, g = _gates_lstm(gates, at, h, mask, H)
     o = tl.load(gates + at * (4 * H) + 3 * H + h[None, :], mask=mask, other=0.0)
-    tanh_c = _tanh(f * earlier + i * g)
+    tanh_c = tanh(f * earlier + i * g)
     out = factors + at * (6 * H) + h[None, :]
     tl.store(out, o * (1.0 - tanh_c * tanh_c), mask=mask)
     tl.store(out + H, g * i * (1.0 - i), mask=mask)

@@ -1,4 +1,4 @@
-"""Backpropagation through recurrent layers, parallel in time.
+"""Recurrent layers, parallel in time: backpropagation, and with ``forward=True`` the forward pass.
 
 Example:
     >>> from lit_parallel.recurrent import parallelize, records, restore
@@ -14,16 +14,18 @@ from lit_parallel.recurrent.options import RecurrentOptions
 
 if TYPE_CHECKING:
     from lit_parallel.recurrent.controller import BackwardRecord
+    from lit_parallel.recurrent.forward_controller import ForwardRecord
     from lit_parallel.recurrent.swap import parallelize, records, restore
 
 _HOMES = {
     "BackwardRecord": "lit_parallel.recurrent.controller",
+    "ForwardRecord": "lit_parallel.recurrent.forward_controller",
     "parallelize": "lit_parallel.recurrent.swap",
     "records": "lit_parallel.recurrent.swap",
     "restore": "lit_parallel.recurrent.swap",
 }
 
-__all__ = ["BackwardRecord", "RecurrentOptions", "parallelize", "records", "restore"]
+__all__ = ["BackwardRecord", "ForwardRecord", "RecurrentOptions", "parallelize", "records", "restore"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""A whole backward pass of a layer as one CUDA graph: all its launches cost the host one.
+"""A whole pass of a layer, forward or backward, as one CUDA graph: all its launches cost the host one.
 
-At the sizes that parallel backpropagation is for, the device is done sooner than the host can launch twenty kernels.
-The graph holds the linearisation, one walk over all blocks, the comparison of their borders and all products. If the
+At the sizes that parallel recurrence is for, the device is done sooner than the host can launch twenty kernels.
+The graph holds one walk over all blocks, what it needs (the linearisation, the input's products), the comparison of the
+blocks' borders, and all products that follow. If the
 borders agree, that is all; if they do not, the pass is run once more without it, with as many sweeps as it takes.
 """
 
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor
 
 from lit_parallel.cuda_graphs import capturing
-from lit_parallel.kernels.recurrent import KernelChain
-from lit_parallel.recurrent.cells import Layer
+from lit_parallel.kernels.recurrent import LaunchedChain
 from lit_parallel.recurrent.chain import Chain
-from lit_parallel.recurrent.layers import LayerPass
+from lit_parallel.recurrent.layers import LayerTask, given
 
 _SMALLEST = 1e-20
 _MOVES = 3  # of a tensor, each of which costs a new graph, until it is copied
@@ -27,27 +27,27 @@ Moves = tuple[list[int], list[int]]  # of the tensors that are read, and of thos
 
 
 class CapturedPass:
-    """The backward passes of a layer for one shape of input, block size and set of wanted gradients.
+    """The passes of a layer in one direction for one shape of input, block size and set of wanted results.
 
-    The graph reads tensors and writes gradients where they lie: parameters are updated in place, and from step to step
+    The graph reads tensors and writes results where they lie: parameters are updated in place, and from step to step
     an allocator gives the same memory again. What has moved several times is copied from, or to, a place of its own.
     """
 
     def __init__(
-        self, task: LayerPass, results: Sequence[Tensor | None], block: int, careful: bool, moves: Moves | None = None
+        self, task: LayerTask, results: Sequence[Tensor | None], block: int, careful: bool, moves: Moves | None = None
     ) -> None:
         """Capture a pass, which must have run before without a graph.
 
         Args:
             task: Later ones must fit.
-            results: From :meth:`LayerPass.new_results`; those of later passes must fit.
+            results: From :meth:`LayerTask.new_results`; those of later passes must fit.
             block: Steps per block.
             careful: See :class:`~lit_parallel.recurrent.chain.Chain`.
             moves: As far as an earlier graph has seen them.
         """
         self.block, self._key = block, (block, careful, task.needed)
         of_read, of_written = moves or (None, None)
-        self._read, self._written = _Places(_tensors(task), of_read), _Places(_given(results), of_written)
+        self._read, self._written = _Places(task.tensors(), of_read), _Places(given(results), of_written)
         self._device = task.input.device
         self._halo = torch.zeros(1, dtype=torch.int32, device=self._device)
         self._halo_set = self._passes = 0
@@ -59,17 +59,16 @@ class CapturedPass:
         if torch.cuda.mem_get_info(self._device)[0] < 2 * task.memory():
             torch.cuda.empty_cache()  # not always: what the next step gets would move
         with capturing(self._graph, torch.cuda.Stream(self._device)):
-            self._run(_with_tensors(task, self._read.instead_of(_tensors(task))), _given(results))
+            self._run(task.with_tensors(self._read.instead_of(task.tensors())), given(results))
 
-    def _run(self, task: LayerPass, results: list[Tensor]) -> None:
+    def _run(self, task: LayerTask, results: list[Tensor]) -> None:
         into = self._written.instead_of(results)
-        grads = _given(task.gradients(self._first_walk, into[0] if task.needed[0] else None))
-        for to, grad in zip(into, grads, strict=True):
-            if to.data_ptr() != grad.data_ptr():
-                to.copy_(grad)
+        for to, result in zip(into, task.solved_near(self._first_walk, into), strict=True):
+            if to.data_ptr() != result.data_ptr():
+                to.copy_(result)
 
     def _first_walk(self, chain: Chain, into: Tensor, meanwhile: Callable[[], None]) -> Tensor:
-        assert isinstance(chain, KernelChain)
+        assert isinstance(chain, LaunchedChain)
         chain.halo, chain.careful = self._halo, self._key[1]
         walk = chain.walk(self.block, into=into)
         residual, energy, _ = chain.border_sums(walk).unbind(1)
@@ -79,18 +78,18 @@ class CapturedPass:
         meanwhile()
         return walk.left[0, :, 0]
 
-    def fits(self, task: LayerPass, results: Sequence[Tensor | None], block: int, careful: bool) -> bool:
+    def fits(self, task: LayerTask, results: Sequence[Tensor | None], block: int, careful: bool) -> bool:
         """Whether a pass of the same layer and the same shape of input is like the captured one."""
         same = self._key == (block, careful, task.needed)
-        return same and self._read.hold(_tensors(task)) and self._written.hold(_given(results))
+        return same and self._read.hold(task.tensors()) and self._written.hold(given(results))
 
-    def moves(self, task: LayerPass, results: Sequence[Tensor | None]) -> Moves | None:
+    def moves(self, task: LayerTask, results: Sequence[Tensor | None]) -> Moves | None:
         """How often tensors have moved, for the graph of a pass that does not fit; None: that begins anew."""
         if self._passes >= _SETTLED or task.needed != self._key[2]:
             return None
-        return self._read.moves(_tensors(task)), self._written.moves(_given(results))
+        return self._read.moves(task.tensors()), self._written.moves(given(results))
 
-    def start(self, task: LayerPass, results: Sequence[Tensor | None], halo: int) -> None:
+    def start(self, task: LayerTask, results: Sequence[Tensor | None], halo: int) -> None:
         """Launch a pass that fits. Its results, of one walk, count if :meth:`residual` is small enough."""
         stream = torch.cuda.current_stream(self._device)
         if stream != self._stream:  # where copies of the last pass may still be on their way
@@ -100,11 +99,11 @@ class CapturedPass:
             self._halo.fill_(halo)
             self._halo_set = halo
         if self._read.copied:
-            self._read.copy_from(_tensors(task))
+            self._read.copy_from(task.tensors())
         self._graph.replay()
         self._passes += 1
         if self._written.copied:
-            self._written.copy_to(_given(results))
+            self._written.copy_to(given(results))
 
     def residual(self) -> float:
         """What neighbours disagree about, relative to the solution, once it is known; NaN if squares do not tell."""
@@ -158,18 +157,3 @@ class _Places:
             (x.shape, x.dtype) if i in self._own else (x.data_ptr(), x.stride(), x.shape, x.dtype)
             for i, x in enumerate(tensors)
         ]
-
-
-def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
-
-
-def _tensors(task: LayerPass) -> list[Tensor]:
-    return _given((*vars(task.layer).values(), *task.grads))
-
-
-def _with_tensors(task: LayerPass, tensors: list[Tensor]) -> LayerPass:
-    given = iter(tensors)
-    layer = {name: None if x is None else next(given) for name, x in vars(task.layer).items()}
-    grads = tuple(None if grad is None else next(given) for grad in task.grads)
-    return LayerPass(task.kind, Layer(**layer), grads, task.needed, task.precision)  # type: ignore[arg-type]

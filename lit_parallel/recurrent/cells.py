@@ -1,4 +1,4 @@
-"""The adjoint of one step of an RNN, a GRU and an LSTM, linearised at hidden states that are already known.
+"""One step of an RNN, a GRU and an LSTM, and its adjoint, linearised at hidden states that are already known.
 
 The forward pass is over, so every gate follows from the hidden states by one large matrix product, and the backward
 pass is linear. With ``v_t`` what arrives at step t from the steps after it and ``g_t`` the gradient of the output
@@ -19,15 +19,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer in one direction, after its forward pass.
+    """One layer in one direction.
 
     Attributes:
         input: ``[time, batch, input]``.
-        output: The hidden states, ``[time, batch, hidden]``.
+        output: The hidden states, ``[time, batch, hidden]``; before the forward pass, memory for them.
         h_0: ``[batch, hidden]``.
         c_0: ``[batch, hidden]``, of an LSTM.
         weight_ih: ``[gates * hidden, input]``.
@@ -74,7 +75,7 @@ class Layer:
 
 
 class Cell(ABC):
-    """The linearised step of one kind of recurrent layer.
+    """The step of one kind of recurrent layer, and the linearised one.
 
     Attributes:
         gates: Matrices in ``weight_hh``.
@@ -87,6 +88,20 @@ class Cell(ABC):
     factors: int
     states: int
     pre_activations: int
+
+    @abstractmethod
+    def advance(self, from_input: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """One step forward.
+
+        Args:
+            from_input: What the input contributes to the gates, ``[..., gates * hidden]``.
+            state: The state before, ``[..., states * hidden]``.
+            weight: ``weight_hh``.
+            bias: ``bias_hh``.
+
+        Returns:
+            The state after, whose first part is the output.
+        """
 
     @abstractmethod
     def linearise(self, layer: Layer) -> Tensor:
@@ -131,6 +146,10 @@ class RNNCell(Cell):
     def __init__(self, nonlinearity: str) -> None:
         self.nonlinearity = nonlinearity
 
+    def advance(self, from_input: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        gates = F.linear(state, weight, bias).add_(from_input)
+        return gates.relu_() if self.nonlinearity == "relu" else gates.tanh_()
+
     def linearise(self, layer: Layer) -> Tensor:
         h = layer.output
         slope = (h > 0).to(h.dtype) if self.nonlinearity == "relu" else 1 - h * h
@@ -152,6 +171,13 @@ class GRUCell(Cell):
     """
 
     gates, factors, states, pre_activations = 3, 5, 1, 4
+
+    def advance(self, from_input: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        hidden = state.shape[-1]
+        from_hidden = F.linear(state, weight, bias)
+        r, z = torch.sigmoid(from_input[..., : 2 * hidden] + from_hidden[..., : 2 * hidden]).chunk(2, dim=-1)
+        n = torch.tanh(torch.addcmul(from_input[..., 2 * hidden :], r, from_hidden[..., 2 * hidden :]))
+        return torch.lerp(n, state, z)
 
     def linearise(self, layer: Layer) -> Tensor:
         hidden = layer.h_0.shape[-1]
@@ -187,6 +213,12 @@ class LSTMCell(Cell):
     """PyTorch's LSTM: ``c' = f c + i g``, ``h' = o tanh(c')``; the cell states are rebuilt by one scan."""
 
     gates, factors, states, pre_activations = 4, 6, 2, 4
+
+    def advance(self, from_input: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        h, c = state.chunk(2, dim=-1)
+        i, f, g, o = F.linear(h, weight, bias).add_(from_input).chunk(4, dim=-1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.cat([torch.sigmoid(o) * torch.tanh(c), c], dim=-1)
 
     def linearise(self, layer: Layer) -> Tensor:
         assert layer.c_0 is not None

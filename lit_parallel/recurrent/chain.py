@@ -1,4 +1,4 @@
-"""A linear chain over time, and the one algorithm that solves it: walk all its blocks at once.
+"""A chain over time, and the one algorithm that solves it: walk all its blocks at once.
 
 The adjoint of a recurrence is a chain, ``v_{t-1} = J_t^T (g_t + v_t)``, solved from the last step to the first. Cut
 into blocks of C steps, all blocks can walk at once if each knows what arrives at its border. It starts there from an
@@ -8,6 +8,8 @@ computed. The paper's solvers are choices of C and halo:
 * ``jacobi``, K iterations: blocks of one step, halo K - 1;
 * ``jacobi_gs``, K iterations: blocks of C steps, halo K - C;
 * sequential: one block.
+
+The forward pass is such a chain too, a nonlinear one (:mod:`lit_parallel.recurrent.forward_pass`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from lit_parallel.recurrent.cells import Cell
 
 
 class Chain(ABC):
-    """``v_{t-1} = J_t^T (g_t + v_t)`` for t = length - 1 .. 0.
+    """``v_{t-1} = J_t^T (g_t + v_t)``, or any other function of v_t, for t = length - 1 .. 0.
 
     Attributes:
         length: Steps.
@@ -34,6 +36,7 @@ class Chain(ABC):
         last: What arrives at the last step from outside, ``[batch, state_size]``.
         careful: Whether every sum is to be rounded as its type does: over thousands of steps that are remembered, the
             rounding of faster sums adds up.
+        leaves_the_rest: Whether one block of all steps is left to others, who know a faster way to walk it.
     """
 
     length: int
@@ -42,6 +45,7 @@ class Chain(ABC):
     gradient_size: int
     last: Tensor
     careful: bool = False
+    leaves_the_rest: bool = False
 
     #: Seconds that a step takes by itself, and per sequence and block; only their ratio counts.
     step_costs: tuple[float, float] = (1e-4, 1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,16 +95,28 @@ def full_precision() -> Iterator[None]:
 Solve = Callable[[Chain, Tensor, Callable[[], None]], Tensor]
 
 
-class BackwardPass(ABC):
-    """The backward pass of one recurrent layer that has run forward.
+class Task(ABC):
+    """A pass of one recurrent layer, forward or backward, most of which is to solve a chain.
 
     Attributes:
         input: ``[time, batch, input]``.
+    """
+
+    input: Tensor
+
+    @abstractmethod
+    def solved(self, solve: Solve) -> tuple[Tensor | None, ...]:
+        """The results."""
+
+
+class BackwardPass(Task):
+    """The backward pass of one recurrent layer that has run forward.
+
+    Attributes:
         parameters: Which of the gradients belong to parameters.
         needed: Which of the gradients are wanted.
     """
 
-    input: Tensor
     parameters: slice
     needed: tuple[bool, ...]
 
@@ -112,16 +124,59 @@ class BackwardPass(ABC):
     def gradients(self, solve: Solve) -> tuple[Tensor | None, ...]:
         """All gradients that are wanted."""
 
+    def solved(self, solve: Solve) -> tuple[Tensor | None, ...]:
+        return self.gradients(solve)
+
     @abstractmethod
     def forward(self) -> object:
-        """Run forward once more, as the parallel way does."""
+        """Run forward once more, in PyTorch's own way without gradients."""
 
     @abstractmethod
     def ordinary_forward(self) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
         """Run forward in PyTorch's own way, with gradients: outputs, inputs, and the outputs' gradients."""
 
 
-class LayerPass(BackwardPass):
+class LayerTask(Task):
+    """A pass of a layer of an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` in one direction, which a graph may be made of.
+
+    Attributes:
+        kind: See :func:`run_layer`.
+        layer: What the pass has.
+        needed: Which results are wanted, if not always all.
+        precision: Of the products in the chain.
+    """
+
+    kind: str
+    layer: Layer
+    needed: tuple[bool, ...] = ()
+    precision: str
+
+    @abstractmethod
+    def memory(self) -> int:
+        """Bytes that a pass takes, about."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """What it reads."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: Sequence[Tensor]) -> LayerTask:
+        """The same pass of other tensors."""
+
+    @abstractmethod
+    def new_results(self) -> tuple[Tensor | None, ...]:
+        """Memory for the results that are wanted."""
+
+    @abstractmethod
+    def solved_near(self, solve: Solve, results: Sequence[Tensor]) -> list[Tensor]:
+        """The results that are wanted, those that can be in given memory."""
+
+    def by_kernels(self) -> bool:
+        """Whether kernels compute it."""
+        return triton_runs_on(self.input.device) and kernels_support(self.kind, self.layer)
+
+
+class LayerPass(LayerTask, BackwardPass):
     """Of a layer of an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` in one direction.
 
     Args:
@@ -145,12 +200,7 @@ class LayerPass(BackwardPass):
         self.kind, self.layer, self.grads, self.needed, self.precision = kind, layer, grads, needed, precision
         self.input = layer.input
 
-    def by_kernels(self) -> bool:
-        """Whether kernels compute it."""
-        return triton_runs_on(self.input.device) and kernels_support(self.kind, self.layer)
-
     def memory(self) -> int:
-        """Bytes that a pass takes, about."""
         cell = cell_of(self.kind)
         hidden = 4 * self.layer.output.numel()  # passes in a narrower type run in float32
         copies = 2 * 4 * self.layer.input.numel()  # of the input and its gradient
@@ -200,13 +250,24 @@ class LayerPass(BackwardPass):
             grads[2] = initial[:, hidden:]
         return tuple(grad if grad is None else grad.to(dtype) for grad in grads)
 
+    def tensors(self) -> list[Tensor]:
+        return given((*vars(self.layer).values(), *self.grads))
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> LayerPass:
+        each = iter(tensors)
+        layer = {name: None if x is None else next(each) for name, x in vars(self.layer).items()}
+        grads = tuple(None if grad is None else next(each) for grad in self.grads)
+        return LayerPass(self.kind, Layer(**layer), grads, self.needed, self.precision)  # type: ignore[arg-type]
+
+    def solved_near(self, solve: Solve, results: Sequence[Tensor]) -> list[Tensor]:
+        return given(self.gradients(solve, results[0] if self.needed[0] else None))
+
     def new_results(self) -> tuple[Tensor | None, ...]:
-        """Memory for the gradients that are wanted."""
         layer = self.layer
-        given = (layer.input, layer.h_0, layer.c_0, layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh)
+        inputs = (layer.input, layer.h_0, layer.c_0, layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh)
         return tuple(
             torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None
-            for x, wanted in zip(given, self.needed, strict=True)
+            for x, wanted in zip(inputs, self.needed, strict=True)
         )
 
     @torch.no_grad()
@@ -231,6 +292,11 @@ class LayerPass(BackwardPass):
         return [x for x in outputs if x is not None], inputs, grads
 
 
+def given(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Those that are not None."""
+    return [x for x in tensors if x is not None]
+
+
 def _column_sums(p: Tensor) -> Tensor:
     """Sums over time and batch; on a GPU as a product, which is faster there."""
     p = p.flatten(0, 1)
@@ -252,9 +318,9 @@ def build_chain(kind: str, layer: Layer, grad_output: Tensor, last: Tensor, prec
     return CellChain(cell, cell.linearise(layer), layer.weight_hh, grad_output, last)
 
 
-def can_be_captured(task: BackwardPass) -> bool:
+def can_be_captured(task: Task) -> bool:
     """Whether a graph may be made of a pass: by kernels, on a GPU, and not too large to keep its memory."""
-    if not isinstance(task, LayerPass) or task.input.device.type != "cuda":
+    if not isinstance(task, LayerTask) or task.input.device.type != "cuda":
         return False
     if not task.by_kernels() or torch.cuda.is_current_stream_capturing():
         return False

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from lit_parallel.recurrent.cells import Layer
 from lit_parallel.recurrent.controller import Controller
+from lit_parallel.recurrent.forward_pass import ForwardPass
 from lit_parallel.recurrent.layers import LayerPass, refuse_second_derivatives, run_layer
+from lit_parallel.recurrent.tuning import shape_of
 
 _STATES = (1, 2)  # of a layer's inputs, which stand for a single layer here
 _numbers = itertools.count()
@@ -35,7 +37,7 @@ def register(controller: Controller) -> int:
 def recurrent_layer(
     kind: str, controller: int, input: Tensor, h_0: Tensor, c_0: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`lit_parallel.recurrent.layers.run_layer`, with a backward pass that is parallel in time.
+    """:func:`lit_parallel.recurrent.layers.run_layer`, with passes that are parallel in time.
 
     States have the shape that cuDNN and PyTorch's modules give them, ``[1, batch, hidden]``: taking a layer's own out
     of several, or putting them together, would cost two launches in either direction.
@@ -50,8 +52,15 @@ def recurrent_layer(
 
 def _forward(inputs: Sequence[Any], kind: str, known: Controller) -> tuple[Tensor, Tensor, Tensor | None]:
     input, h_0, c_0, *weights = inputs
+    ahead = known.ahead
     with known.timed("forward", input.device):
-        return run_layer(kind, input, h_0, c_0, [weight for weight in weights if weight is not None])
+        if ahead.is_ordinary(shape_of(input)):
+            return run_layer(kind, input, h_0, c_0, [weight for weight in weights if weight is not None])
+        task = ForwardPass(kind, input, h_0[0], None if c_0 is None else c_0[0], weights, known.options.precision)
+        if torch.is_autocast_enabled(input.device.type):
+            with torch.autocast(input.device.type, enabled=False):  # its sums are in float32
+                return ahead.forward(task)
+        return ahead.forward(task)
 
 
 def _backward(

@@ -11,12 +11,15 @@ RECURRENT_PRECISIONS = ("full", "half")
 
 @dataclass
 class RecurrentOptions:
-    """How the backward pass of recurrent layers is solved, and when it is good enough."""
+    """How the passes of recurrent layers are solved, and when they are good enough."""
 
     solver: str = option(
         "auto",
         "how the chain of gradients is solved (auto: the fastest of them, as measured)",
         choices=RECURRENT_SOLVERS,
+    )
+    forward: bool = option(
+        False, "whether the forward pass is parallel in time too (solver=auto: only where that is faster, as measured)"
     )
     iterations: int | None = option(
         None,
@@ -25,7 +28,7 @@ class RecurrentOptions:
     )
     tolerance: float | None = option(
         None,
-        "largest relative error of a layer's gradient, checked in every backward pass (null: 1e-6, in float64 1e-10)",
+        "largest relative error of a layer's gradient and states, checked in every pass (null: 1e-6, in float64 1e-10)",
         above=0,
     )
     block_size: int | None = option(None, "steps per block (null: chosen)", minimum=1)
@@ -46,6 +49,8 @@ def check_recurrent_options(options: RecurrentOptions) -> None:
     """
     check_options(options)
     solver = options.solver
+    if options.forward and solver == "sequential":
+        raise UserError("solver=sequential is the ordinary way: leave forward=true out, or choose another solver.")
     if options.iterations is not None and solver not in ("jacobi", "jacobi_gs"):
         raise UserError(
             f"iterations belongs to solver=jacobi or jacobi_gs; solver={solver} iterates as tolerance says."

@@ -15,7 +15,7 @@ from lit_parallel.recurrent.coarse import CoarseSpace, coarse_space
 
 _TINY = 1e-30
 _FEWEST_STEPS = 16  # over which growth is measured: in a single step a vector may grow that is forgotten soon
-_SAFETY = 2.0  # a random direction need not be the worst
+SAFETY = 2.0  # a random direction need not be the worst
 
 
 @dataclass
@@ -27,12 +27,14 @@ class Plan:
         halo: Steps that each block walks before its own.
         rank: Columns of the coarse correction; 0: none.
         tolerance: Largest error relative to the norm of what is computed, per sequence; None: one walk, no check.
+        sweeps: At most so many, then the chain is walked as one block; None: as many as there are blocks.
     """
 
     block: int
     halo: int
     rank: int = 0
     tolerance: float | None = None
+    sweeps: int | None = None
 
 
 @dataclass
@@ -70,7 +72,8 @@ class Outcome:
         at_rounding: Whether borders agree to the last bits, so that the estimated error is one of rounding, which
             sequential evaluation has too.
         reductions: Factors by which the estimated error fell per sweep.
-        sequential: Whether it ended as one block, such as for values that are not finite.
+        sequential: Whether it ended as one block, such as for values that are not finite; a chain that leaves the rest
+            is then not solved.
         space: The coarse space that was used.
         block, halo, rank: Of the plan.
     """
@@ -112,7 +115,7 @@ def measure_gain(chain: Chain, plan: Plan) -> Gain:
     of_block = torch.where(arrived > _TINY, _norms(walk.left) / arrived.clamp_min(_TINY), 0).amax((1, 2))
     per_step = torch.maximum(per_step, torch.where(own >= block, of_block ** (1 / block), 0).amax())
     numbers = torch.stack([inside, per_step]).tolist()
-    return Gain(_SAFETY * numbers[0], numbers[1])
+    return Gain(SAFETY * numbers[0], numbers[1])
 
 
 def _inside(walk: Walk) -> Tensor:
@@ -144,6 +147,8 @@ def solve_chain(
         meanwhile: Called while the device compares the borders of the first walk.
     """
     blocks = blocks_of(chain.length, plan.block)
+    if blocks == 1 and chain.leaves_the_rest:
+        return Outcome(chain.last, 0, sequential=True, block=plan.block)
     walk = chain.walk(plan.block, plan.halo, into=into)
     outcome = Outcome(walk.left[0, :, 0], plan.block + plan.halo, block=plan.block, halo=plan.halo, rank=plan.rank)
     if blocks == 1 or plan.tolerance is None:
@@ -156,21 +161,22 @@ def solve_chain(
         meanwhile()
     amplification = 1.0 if gain is None else gain.of_border_errors(plan.block, blocks)
     space: CoarseSpace | None = None
-    last_sweep = blocks + 1  # with one level, all is exact by then
+    last_sweep = plan.sweeps or blocks + 1  # with one level, all is exact by then
     relative_before = math.nan
     while True:
         found = pending()
         outcome.residual = found.of_solution
         if not math.isfinite(found.of_solution):
             return _sequentially(chain, into, outcome)
-        errors = walk.left[1:] - walk.arrived[:-1]
+        corrected = walk.left[1:]
         if plan.rank and outcome.sweeps == 1 and found.of_solution > 0:
             space = outcome.space = coarse_space(chain, plan.block, plan.rank, basis)
             outcome.iterations += plan.block * (1 if basis is not None else 2)
-            amplification = _SAFETY * float(space.amplification)
+            amplification = SAFETY * float(space.amplification)
         relative = found.of_solution
         if space is not None:
-            errors = space.errors(errors[:, :, 0])[:, :, None]
+            errors = space.errors((corrected - walk.arrived[:-1])[:, :, 0])[:, :, None]
+            corrected = walk.arrived[:-1] + errors
             energy = walk.energy.sum((0, 2))
             norms = errors.square().sum((0, 2, 3))
             relative = math.sqrt(torch.where(energy > 0, norms / energy, norms).amax().item())
@@ -195,12 +201,11 @@ def solve_chain(
             return outcome
         if space is not None and outcome.reductions and not outcome.reductions[-1] < 0.7:
             # The subspace misses what matters: from here on one border per sweep.
-            space, last_sweep, errors = None, outcome.sweeps + blocks, walk.left[1:] - walk.arrived[:-1]
+            space, last_sweep, corrected = None, outcome.sweeps + blocks, walk.left[1:]
             amplification = math.inf
         if outcome.sweeps >= last_sweep:
             return _sequentially(chain, into, outcome)
-        corrected = torch.cat([walk.arrived[:-1] + errors, chain.last[None, :, None]])
-        walk = chain.walk(plan.block, 0, corrected, into=into)
+        walk = chain.walk(plan.block, 0, torch.cat([corrected, chain.last[None, :, None]]), into=into)
         outcome.sweeps += 1
         outcome.iterations += plan.block
         outcome.initial = walk.left[0, :, 0]
@@ -209,12 +214,14 @@ def solve_chain(
 
 def _sequentially(chain: Chain, into: Tensor, outcome: Outcome) -> Outcome:
     """One block: what is not finite goes where ordinary backpropagation would take it."""
+    outcome.sequential = True
+    if chain.leaves_the_rest:
+        return outcome
     walk = chain.walk(chain.length, 0, into=into)
     outcome.initial = walk.left[0, :, 0]
     outcome.iterations += chain.length
     outcome.sweeps += 1
     outcome.residual = outcome.error = 0.0
-    outcome.sequential = True
     return outcome
 
 

@@ -1,4 +1,4 @@
-"""Let recurrent layers backpropagate in parallel, and undo it: ``parallelize(module)``, ``restore(module)``."""
+"""Let recurrent layers be parallel in time, and undo it: ``parallelize(module)``, ``restore(module)``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ _WORTH_IT = 1.05  # times faster than the ordinary way, or auto takes that
 
 
 def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **chosen: Any) -> list[str]:
-    """Let every recurrent layer in a module backpropagate in parallel over time.
+    """Let every recurrent layer in a module backpropagate in parallel over time, and with ``forward=True`` run so too.
 
     ``nn.RNN``, ``nn.GRU``, ``nn.LSTM`` and :class:`lit_parallel.networks.rnn.Recurrence` are found at any depth, the
-    module itself included. Their parameters, their names and their forward results stay as they are. What cannot be
-    done in parallel (``proj_size``, packed sequences) goes on as before, with a warning.
+    module itself included. Their parameters and names stay as they are, and so do their forward results, with
+    ``forward=True`` to the tolerance. What cannot be done in parallel (``proj_size``, packed sequences, the forward
+    pass of a cell of one's own) goes on as before, with a warning.
 
     Args:
         module: Changed in place.
@@ -66,6 +67,8 @@ def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **ch
             warnings.warn(f"{_shown(name)} has proj_size={layer.proj_size} and keeps its backward pass.", stacklevel=2)
         else:
             able.append((name, layer))
+            if options.forward and isinstance(layer, Recurrence):
+                warnings.warn(f"{_shown(name)} has a cell of its own and keeps its forward pass.", stacklevel=2)
     for name, layer in able:
         made = ParallelRecurrence if isinstance(layer, Recurrence) else _rnn_forward()
         layer.forward = made(layer, name, options)  # type: ignore[method-assign]
@@ -110,7 +113,7 @@ def _shown(name: str) -> str:
 
 
 class _ParallelForward:
-    """Stands in for a module's ``forward``: the same results, another backward pass."""
+    """Stands in for a module's ``forward``: the same results, other ways to them and to the gradients."""
 
     def __init__(self, module: nn.Module, name: str, options: RecurrentOptions) -> None:
         self.module, self.name, self.options = module, name, options
@@ -155,7 +158,10 @@ class _ParallelForward:
         )
         return auto
 
-    def _take_ordinary(self, x: Tensor) -> bool:
+    def _take_ordinary(self, x: Tensor, differentiated: bool = True) -> bool:
+        if not differentiated:
+            shape = shape_of(x)
+            return all(controller.ahead.is_ordinary(shape) for controller in self.controllers.values())
         if not self._is_slower(x):
             return False
         self._ordinary_calls += 1
@@ -189,7 +195,8 @@ class ParallelForward(_ParallelForward):
         if isinstance(input, PackedSequence):
             self._tell_once("packed", f"{_shown(self.name)} was given a packed sequence and keeps its backward pass.")
             return self._ordinary(input, hx)
-        if self.options.solver == "sequential" or not self._needs_gradients(input, hx):
+        differentiated = self._needs_gradients(input, hx)
+        if self.options.solver == "sequential" or not (differentiated or self.options.forward):
             return self._ordinary(input, hx)
         if input.dim() not in (2, 3) or input.numel() == 0 or (hx is not None and not self._fits(input, hx)):
             return self._ordinary(input, hx)  # which says what is wrong
@@ -214,7 +221,7 @@ class ParallelForward(_ParallelForward):
             dtype = h_0.dtype  # there only its products are cast
         if dtype is not None:
             x, h_0, c_0 = x.to(dtype), h_0.to(dtype), None if c_0 is None else c_0.to(dtype)
-        if not torch.compiler.is_compiling() and self._take_ordinary(x):
+        if not torch.compiler.is_compiling() and self._take_ordinary(x, differentiated):
             return self._ordinary(input, hx)
 
         first_h, first_c = _split(h_0), [None] * len(self._parts) if c_0 is None else _split(c_0)

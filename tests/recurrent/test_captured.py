@@ -16,7 +16,7 @@ from torch import nn
 
 from lit_parallel.kernels import interpreted
 from lit_parallel.networks.rnn import keep_state
-from lit_parallel.recurrent import controller, parallelize, records
+from lit_parallel.recurrent import parallelize, records, tuning
 
 TESTS = Path(__file__).parent.parent
 
@@ -78,15 +78,15 @@ def captures(monkeypatch):
 
     def capture(self, task, results):
         seen.append(self)
-        read, written = [x.detach() for x in captured._tensors(task)], [x.detach() for x in results]
-        self._graph.work = torch.no_grad()(lambda: run(self, captured._with_tensors(task, read), written))
+        read, written = [x.detach() for x in task.tensors()], [x.detach() for x in results]
+        self._graph.work = torch.no_grad()(lambda: run(self, task.with_tensors(read), written))
         run(self, task, results)
         for x in written:
             x.fill_(torch.nan)  # nothing has been computed before a replay
 
     event = types.SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(captured.CapturedPass, "_run", capture)
-    monkeypatch.setattr(controller, "can_be_captured", lambda task: True)
+    monkeypatch.setattr(tuning, "can_be_captured", lambda task: True)
     monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **options: zeros(*shape, **options))
     for name, replacement in {
         "CUDAGraph": PretendedGraph,
@@ -121,6 +121,29 @@ def test_interpreted_passes(captures):
         kept.append((x, found, {name: grad.clone() for name, grad in found.items()}))  # the next lie elsewhere
     assert [graph._passes for graph in captures] == [1, 1, 1, 2, 1, 1]  # three moves, copies, other gradients for once
     for _, found, copies in kept:
+        assert all(torch.equal(found[name], copies[name]) for name in copies)
+
+
+@pytest.mark.skipif(not interpreted(), reason="run by the test below")
+def test_interpreted_forward_passes(captures):
+    torch.manual_seed(0)
+    module, twin, kept = build("lstm", 3, 4), build("lstm", 3, 4).double(), []
+    parallelize(module, solver="jacobi_gs", block_size=4, forward=True, probe_every=0)
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(0.1)
+        module.bias_ih_l0[4:8] = -2.0  # forgets within a few steps
+    twin.load_state_dict(module.state_dict())
+    for _ in range(9):
+        x = torch.randn(60, 2, 3)
+        with torch.no_grad():
+            output, (h, c) = module(x)
+            expected = twin(x.double())
+        found = {"output": output, "h_n": h, "c_n": c}
+        assert largest_error(found, {"output": expected[0], "h_n": expected[1][0], "c_n": expected[1][1]}) < 2e-6
+        kept.append((found, {name: value.clone() for name, value in found.items()}))  # the next lie elsewhere
+    assert len(captures) >= 3
+    assert captures[-1]._written.copied > 0
+    for found, copies in kept:
         assert all(torch.equal(found[name], copies[name]) for name in copies)
 
 

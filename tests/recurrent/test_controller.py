@@ -12,7 +12,7 @@ from torch import nn
 from lit_parallel.errors import UserError
 from lit_parallel.networks.rnn import Recurrence, SoftplusCell, keep_state
 from lit_parallel.recurrent import BackwardRecord, controller, parallelize, records, swap
-from lit_parallel.recurrent.controller import forgetting_steps
+from lit_parallel.recurrent.tuning import forgetting_steps
 
 LENGTH = 150
 
@@ -131,7 +131,7 @@ def test_a_probe_sees_what_truncation_misses():
 
 
 def test_auto_chooses_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(swap._ParallelForward, "_take_ordinary", lambda self, x: False)
+    monkeypatch.setattr(swap._ParallelForward, "_take_ordinary", lambda self, *_: False)
     module, x = prepared(solver="auto")
     with caplog.at_level(logging.INFO):
         record = run(module, x, 3)
