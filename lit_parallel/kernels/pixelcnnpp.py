@@ -162,7 +162,7 @@ def pack_bias(bias: Tensor, gates: int = 1) -> Tensor:
 
 _FIELDS = (
     "src", "src_slot", "src_row", "src_pixel", "stride", "pixel_chunks", "row_pixels", "main_pixels", "chunks",
-    "skip1", "skip2", "residual", "dst", "dst_slot", "dst_row", "dst_pixel", "spread", "place",
+    "skip1", "skip2", "residual", "dst", "dst_slot", "dst_row", "dst_pixel", "spread",
     "outputs", "weight", "bias", "width", "level", "rows", "columns", "use_left", "exponent",
 )  # fmt: skip
 
@@ -234,7 +234,7 @@ class Table:
                 "residual": 0 if job.residual is None else job.residual.at(0, 0, slots),
                 "dst": 0 if dst is None else dst.at(0, 0, slots), "dst_slot": 0 if dst is None else dst.slot,
                 "dst_row": 0 if dst is None else dst.row, "dst_pixel": 0 if dst is None else dst.features,
-                "spread": job.spread, "place": job.outputs // job.spread**2, "outputs": job.outputs,
+                "spread": job.spread, "outputs": job.outputs,
                 "weight": layers.weight_offsets[index], "bias": bias, "width": job.weight.shape[-1],
                 "level": job.level, "rows": high, "columns": across, "use_left": int(not job.down),
                 "exponent": layers.exponents[index],
@@ -304,13 +304,17 @@ def _weights(w_at, mask, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _to(slot, row, column, n, place, spread, dst_slot, dst_row, dst_pixel):
-    """Where outputs go: those behind the first ``place`` to the pixels beside, below, and below beside a pixel."""
-    quarter = n // place
-    across = (row * spread)[:, None] + (quarter >> 1)[None, :]
-    along = (column * spread)[:, None] + (quarter & 1)[None, :]
-    at = across * dst_row + along * dst_pixel + (n - quarter * place)[None, :]
-    return slot.to(tl.int64)[:, None] * dst_slot + at
+def _to(pixel, n, spread, dst_row, dst_pixel, SPREADS: tl.constexpr):
+    """A place of the target and a feature of it: where an output goes is their sum.
+
+    Outputs behind the features of a pixel go to the pixels beside, below, and below beside it.
+    """
+    if SPREADS:
+        quarter = n // dst_pixel
+        beside = (quarter >> 1) * dst_row + (quarter & 1) * dst_pixel
+        return pixel[:, None] + beside[None, :], (n % dst_pixel)[None, :]
+    else:
+        return pixel[:, None], n[None, :]
 
 
 @triton.jit
@@ -337,16 +341,15 @@ def _job(
     dst_row = tl.multiple_of(tl.load(line + 14).to(tl.int32), 32)
     dst_pixel = tl.multiple_of(tl.load(line + 15).to(tl.int32), 32)
     spread = tl.load(line + 16).to(tl.int32)
-    place = tl.load(line + 17).to(tl.int32)
-    outputs = tl.load(line + 18).to(tl.int32)
-    weight = tl.multiple_of(tl.load(line + 19), 64)
-    bias = tl.multiple_of(tl.load(line + 20), 64)
-    width = tl.multiple_of(tl.load(line + 21).to(tl.int32), 64)
-    level = tl.load(line + 22).to(tl.int32)
-    rows = tl.load(line + 23).to(tl.int32)
-    columns = tl.load(line + 24).to(tl.int32)
-    use_left = tl.load(line + 25).to(tl.int32)
-    exponent = tl.load(line + 26).to(tl.float32)
+    outputs = tl.load(line + 17).to(tl.int32)
+    weight = tl.multiple_of(tl.load(line + 18), 64)
+    bias = tl.multiple_of(tl.load(line + 19), 64)
+    width = tl.multiple_of(tl.load(line + 20).to(tl.int32), 64)
+    level = tl.load(line + 21).to(tl.int32)
+    rows = tl.load(line + 22).to(tl.int32)
+    columns = tl.load(line + 23).to(tl.int32)
+    use_left = tl.load(line + 24).to(tl.int32)
+    exponent = tl.load(line + 25).to(tl.float32)
 
     SPLIT: tl.constexpr = KIND == 1 or KIND == 2
     K: tl.constexpr = 64 if SPLIT else 32
@@ -368,59 +371,62 @@ def _job(
     row = (tl.load(top + slot, cache_modifier=".cg") >> level) + position // columns
     column = (tl.load(left + slot, cache_modifier=".cg") >> level) * use_left + position % columns
     inside = inside & (owner >= 0)
-    used = inside[:, None] & (n < outputs)[None, :]
-    if LABELS and KIND == 2:  # labels condition gated layers only
-        b_at = (
-            biases + bias + (tl.load(label + owner, mask=inside, other=0).to(tl.int32) * signed)[:, None] + n[None, :]
-        )
+    pixel = row * stride * src_row + column * stride * src_pixel
+    if KIND == 4:
+        x_at = image + (owner.to(tl.int64) * src_slot + pixel)
+    elif SPLIT:
+        x_at = active + 4 * (slot.to(tl.int64) * src_slot + pixel)
     else:
-        b_at = biases + bias + (m * 0)[:, None] + n[None, :]
-    offset = tl.load(b_at, mask=used, other=0.0)
-    if KIND == 2:
+        x_at = arena + (slot.to(tl.int64) * src_slot + pixel)
+    x_at = _rows(x_at, SLICES) + _columns(k, SLICES)
+    if SPLIT:
+        w_at = halves + weight + _rows(k * signed, SLICES) + _columns(n, SLICES)
+    else:
+        w_at = weights + weight + _rows(k * signed, SLICES) + _columns(n, SLICES)
+    # Every slice has so many chunks; where its first one lies is divided out once, the others are counted.
+    count = (chunks + SLICES - 1) // SLICES
+    begin = tl.full([], 0, tl.int32) if SLICES == 1 else (tl.arange(0, SLICES) * count)[:, None, None]
+    which = begin // pixel_chunks  # of the places that are read, then of the short cuts
+    within = begin - which * pixel_chunks
+    over = which // row_pixels
+    along = which - over * row_pixels
+    # In units of 32 elements, so that the compiler sees how loads are aligned.
+    UNITS: tl.constexpr = 8 if SPLIT else 32
+    skip1 = skip1 // UNITS
+    skip2 = skip2 // UNITS
+    next_pixel = src_pixel // UNITS - pixel_chunks * (K // 32)
+    next_row = (src_row - row_pixels * src_pixel) // UNITS
+    at = (src + over * src_row + along * src_pixel) // UNITS
+    if SPLIT:
+        at = tl.where(which < main_pixels, at, tl.where(which == main_pixels, skip1, skip2))
+    at += within * (K // 32)
+    w_at += begin * (K * signed * (2 if SPLIT else 1))
+    x_mask = _rows(inside, SLICES)
+    unit = tl.exp2(-exponent)
+    # Features of padding are zero and stay so: to store them too keeps whole vectors together.
+    stored = outputs if KIND == 3 else spread * spread * dst_pixel
+    used = inside[:, None] & (n < stored)[None, :]
+    if LABELS and KIND == 2:  # labels condition gated layers only
+        own = tl.load(label + owner, mask=inside, other=0).to(tl.int32)
+        b_at = biases + bias + (own * signed)[:, None] + n[None, :]
+        offset = tl.load(b_at, mask=used, other=0.0)
         gate_offset = tl.load(b_at + width, mask=used, other=0.0)
+    else:
+        offset = tl.load(biases + bias + n)[None, :]
+        gate_offset = tl.load(biases + bias + width + n)[None, :] if KIND == 2 else offset
+    if KIND != 3:
+        to = slot.to(tl.int64) * dst_slot + row * spread * dst_row + column * spread * dst_pixel
+        place, feature = _to(to, n, spread, dst_row, dst_pixel, KIND == 0)
     busy = tl.max(owner, axis=0) >= 0
     if OVERLAP:
         if EARLY:
             gdc_wait()
         gdc_launch_dependents()
     if busy:
-        pixel = row * stride * src_row + column * stride * src_pixel
         if SLICES > 1 and KIND == 2:  # in small launches nobody else would work while it is waited for
-            before = tl.load(arena + residual + _to(slot, row, column, n, place, spread, dst_slot, dst_row, dst_pixel),
-                             mask=used, other=0.0)  # fmt: skip
-        if KIND == 4:
-            x_at = image + (owner.to(tl.int64) * src_slot + pixel)
-        elif SPLIT:
-            x_at = active + 4 * (slot.to(tl.int64) * src_slot + pixel)
-        else:
-            x_at = arena + (slot.to(tl.int64) * src_slot + pixel)
-        x_at = _rows(x_at, SLICES) + _columns(k, SLICES)
-        if SPLIT:
-            w_at = halves + weight + _rows(k * signed, SLICES) + _columns(n, SLICES)
-        else:
-            w_at = weights + weight + _rows(k * signed, SLICES) + _columns(n, SLICES)
+            before = tl.load(arena + residual + place + feature, mask=used, other=0.0)
         acc = tl.zeros([M, N], tl.float32) if SLICES == 1 else tl.zeros([SLICES, M, N], tl.float32)
         gate = acc
-        # Every slice has so many chunks; where its first one lies is divided out once, the others are counted.
-        count = (chunks + SLICES - 1) // SLICES
-        begin = tl.full([], 0, tl.int32) if SLICES == 1 else (tl.arange(0, SLICES) * count)[:, None, None]
-        which = begin // pixel_chunks  # of the places that are read, then of the short cuts
-        within = begin - which * pixel_chunks
-        over = which // row_pixels
-        along = which - over * row_pixels
-        # In units of 32 elements, so that the compiler sees how loads are aligned.
-        UNITS: tl.constexpr = 8 if SPLIT else 32
-        skip1 = skip1 // UNITS
-        skip2 = skip2 // UNITS
-        next_pixel = src_pixel // UNITS - pixel_chunks * (K // 32)
-        next_row = (src_row - row_pixels * src_pixel) // UNITS
-        at = (src + over * src_row + along * src_pixel) // UNITS
-        if SPLIT:
-            at = tl.where(which < main_pixels, at, tl.where(which == main_pixels, skip1, skip2))
-        at += within * (K // 32)
-        w_at += begin * (K * signed * (2 if SPLIT else 1))
-        x_mask = _rows(inside, SLICES)
-        unit = tl.exp2(-exponent)
         for index in tl.range(0, count, num_stages=STAGES):
             w_mask = begin + index < chunks
             mask = x_mask if SLICES == 1 else x_mask & w_mask
@@ -462,22 +468,20 @@ def _job(
         if KIND == 3:
             tl.store(parameters + m.to(tl.int64)[:, None] * pitch + n[None, :], acc, mask=used)
         else:
-            to = _to(slot, row, column, n, place, spread, dst_slot, dst_row, dst_pixel)
             if KIND == 2:
                 if SLICES == 1:
-                    before = tl.load(arena + residual + to, mask=used, other=0.0)
+                    before = tl.load(arena + residual + place + feature, mask=used, other=0.0)
                 acc = before + acc / (1.0 + tl.exp(-(gate + gate_offset)))
             if KIND != 1:
-                tl.store(arena + dst + to, acc, mask=used)
+                tl.store(arena + dst + place + feature, acc, mask=used)
             e = tl.exp(-tl.abs(acc)) - 1.0
             high, rest = _split(tl.where(acc > 0, acc, e))
-            # A pixel takes four times as much there, its features come first.
-            to = active + 4 * (dst + to) - 3 * (n % place)[None, :]
-            tl.store(to, high, mask=used)
-            tl.store(to + 2 * dst_pixel, rest, mask=used)
+            y_at = active + 4 * (dst + place) + feature  # a pixel takes four times as much there
+            tl.store(y_at, high, mask=used)
+            tl.store(y_at + 2 * dst_pixel, rest, mask=used)
             high, rest = _split(tl.where(acc > 0, e, -acc))
-            tl.store(to + dst_pixel, high, mask=used)
-            tl.store(to + 3 * dst_pixel, rest, mask=used)
+            tl.store(y_at + dst_pixel, high, mask=used)
+            tl.store(y_at + 3 * dst_pixel, rest, mask=used)
 
 
 @triton.jit(do_not_specialize=["first", "second", "split", "slots"])
@@ -532,9 +536,9 @@ class Tile:
         return triton.cdiv(pixels, self.rows) * triton.cdiv(outputs, self.outputs)
 
 
-_TILES = (Tile(64, 64, 1, 4, 4), Tile(64, 32, 1, 4, 3), Tile(64, 16, 1, 4, 5))
-_ENOUGH = (112, 112, 80)  # programs, for an H100 of 132 multiprocessors: as measured there
-_SMALLEST = Tile(16, 16, 4, 4, 4)
+_TILES = (Tile(64, 64, 1, 4, 4), Tile(64, 32, 1, 4, 3), Tile(64, 16, 1, 4, 3), Tile(16, 32, 1, 2, 4))
+_ENOUGH = (112, 112, 84, 100)  # programs, for an H100 of 132 multiprocessors: as measured there
+_SMALLEST = Tile(16, 16, 2, 2, 4)
 
 
 def tile_for(sizes: Sequence[tuple[int, int]]) -> Tile:
@@ -650,7 +654,7 @@ def _run_plainly(table: Table, workspace: Workspace, index: int) -> None:
         workspace.parameters[:, : job.outputs].unflatten(0, (slots, -1))[busy] = result[busy, :, 0]
         return
     quarter, feature = torch.arange(job.outputs, device=device), torch.arange(job.outputs, device=device)
-    quarter, feature = quarter // line["place"], feature % line["place"]
+    quarter, feature = quarter // line["dst_pixel"], feature % line["dst_pixel"]
     across = (row * job.spread)[..., None] + quarter // 2
     along = (column * job.spread)[..., None] + quarter % 2
     to = torch.arange(slots, device=device)[:, None, None] * line["dst_slot"]
