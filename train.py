@@ -1,4 +1,4 @@
-"""Train a model, or test a checkpoint: ``python train.py [--config PATH] [stage=test] [key=value ...]``."""
+"""Train a model, go on training, or test a checkpoint: ``python train.py [--config|--resume PATH] [key=value ...]``."""
 
 from __future__ import annotations
 
@@ -39,21 +39,45 @@ def train(config: Any) -> TrainResult:
         >>> from lit_parallel.config import TrainConfig, load_config
         >>> result = train(load_config(TrainConfig, "configs/made_mnist5k.yaml", ["trainer.max_epochs=3"]))
     """
-    if config.stage == "test":
-        return evaluate(config)
+    return evaluate(config) if config.stage == "test" else _train(config)
+
+
+def resume(path: str | Path, overrides: Sequence[str] = ()) -> TrainResult:
+    """Go on with a training that was interrupted, at its last finished epoch and in its folder.
+
+    What was done after that epoch is done again, in the same way: the result is that of a training without
+    interruption, on the CPU bit for bit.
+
+    Args:
+        path: The run folder, or its ``checkpoints/last.ckpt``.
+        overrides: Assignments of the options in :data:`lit_parallel.resume.MAY_CHANGE`.
+
+    Example:
+        >>> result = resume("runs/made_mnist5k/2026-01-01_12-00-00", ["trainer.max_epochs=100"])
+    """
+    from lit_parallel.resume import InterruptedRun
+
+    run = InterruptedRun(path)
+    return _train(run.config(overrides), run)
+
+
+def _train(config: Any, run: Any = None) -> TrainResult:
+    """Train, anew or from where an :class:`~lit_parallel.resume.InterruptedRun` stopped."""
     import pytorch_lightning as pl
     from pytorch_lightning.utilities import rank_zero_only
 
     from callbacks import build_training_callbacks
     from lit_parallel.checkpoint import build_model
+    from lit_parallel.cli import says_when_interrupted
     from lit_parallel.config import save_config, to_container
     from lit_parallel.data.datasets import build_data
     from lit_parallel.errors import UserError
     from lit_parallel.modules.autoregressive import AutoregressiveModule
-    from lit_parallel.runs import new_run_folder
+    from lit_parallel.resume import how_to_resume
+    from lit_parallel.runs import RunState, new_run_folder, written_whole
     from lit_parallel.sampling.sampler import What, check_sampler
-    from lit_parallel.tracking import build_logger, finish, how_to_look
-    from lit_parallel.trainer import build_trainer, check_trainer, lightning_refusals
+    from lit_parallel.tracking import build_logger, finish, how_to_look, run_id
+    from lit_parallel.trainer import build_trainer, check_trainer, ending_together, lightning_refusals, restoring
 
     # Everything that can be wrong is tried before a run folder exists.
     if config.checkpoint is not None:
@@ -61,40 +85,61 @@ def train(config: Any) -> TrainResult:
     check_trainer(config.trainer)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build_data(config.data, config.seed)
-    if getattr(rank_zero_only, "rank", 0) == 0:  # the others wait inside Lightning until the first has fetched files
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    if first:  # the others wait inside Lightning until it has fetched files
         data.prepare_data()
         data.setup("fit")
     model = build_model(config, data.sample_shape)
     model.check_data(data)
-    model.load_initial_weights()
+    saved = None if run is None else run.check(config, data.sample_shape)
+    if saved is None:
+        model.load_initial_weights()
     model.compile_network = config.compile
     if isinstance(model, AutoregressiveModule) and config.callbacks.sample_grid.enabled:
         check_sampler(model, config.solver, What(config.seed, config.sampling))
     build_training_callbacks(config, Path(), model)
-    folder = new_run_folder(config.runs_folder, config.experiment)
+    folder = new_run_folder(config.runs_folder, config.experiment) if run is None else run.folder
+    state = RunState() if run is None else run.state
+    state.finished = False
+    state.write(folder)  # which must be possible
     logger = build_logger(
-        config.wandb, folder, config=to_container(config), experiment=config.experiment, job_type="train"
+        config.wandb,
+        folder,
+        config=to_container(config),
+        experiment=config.experiment,
+        job_type="train",
+        goes_on=state.wandb_id,
     )
-    try:
-        trainer = build_trainer(
-            config.trainer,
-            callbacks=build_training_callbacks(config, folder, model),
-            logger=logger if logger is not None else False,
-            default_root_dir=folder,
-            enable_checkpointing=not config.trainer.fast_dev_run,
-        )
-        if trainer.is_global_zero:
-            save_config(config, folder / "config.yaml")
-            size = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{config.experiment}: {size:,} parameters; run folder {folder}")
-        with lightning_refusals():
-            trainer.fit(model, datamodule=data)
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            if trainer.state.finished:
-                trainer.test(model, datamodule=data, verbose=False)
-                metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-    finally:
-        finish(logger)
+    # The other processes do not know the folder.
+    with says_when_interrupted(lambda: how_to_resume(folder) if first else "the first process says how to go on"):
+        try:
+            trainer = build_trainer(
+                config.trainer,
+                callbacks=build_training_callbacks(config, folder, model),
+                logger=logger if logger is not None else False,
+                default_root_dir=folder,
+                enable_checkpointing=not config.trainer.fast_dev_run,
+            )
+            if trainer.is_global_zero:
+                state.wandb_id = run_id(logger) or state.wandb_id
+                state.write(folder)
+                with written_whole(folder / "config.yaml") as path:
+                    save_config(config, path)
+                size = sum(parameter.numel() for parameter in model.parameters())
+                print(f"{config.experiment}: {size:,} parameters; run folder {folder}")
+                if saved is not None:
+                    print(f"goes on after epoch {saved['epoch']} (step {saved['global_step']})")
+            checkpoint = None if run is None else run.checkpoint
+            with lightning_refusals(), restoring(trainer, checkpoint), ending_together(trainer):
+                trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+                metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+                if trainer.state.finished:
+                    trainer.test(model, datamodule=data, verbose=False)
+                    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+            state.finished = True
+            state.write(folder)
+        finally:
+            finish(logger)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     result = TrainResult(folder, checkpoint if checkpoint.is_file() else None, metrics, model)
     rank_zero_only(_report)(result, how_to_look(logger))
@@ -121,7 +166,7 @@ def evaluate(config: Any) -> TrainResult:
     from lit_parallel.report import environment, write_json
     from lit_parallel.runs import new_run_folder, short_path
     from lit_parallel.tracking import build_logger, finish, how_to_look
-    from lit_parallel.trainer import build_trainer, check_trainer, lightning_refusals
+    from lit_parallel.trainer import build_trainer, check_trainer, ending_together, lightning_refusals
 
     # Everything that can be wrong is tried before a run folder exists.
     check_trainer(config.trainer)
@@ -146,7 +191,7 @@ def evaluate(config: Any) -> TrainResult:
             default_root_dir=folder,
             enable_checkpointing=False,
         )
-        with lightning_refusals():
+        with lightning_refusals(), ending_together(trainer):
             trainer.test(model, datamodule=data, verbose=False)
     finally:
         finish(logger)
@@ -234,21 +279,31 @@ def main(argv: Sequence[str]) -> None:
     from lit_parallel.cli import messages_shown, parse_arguments
     from lit_parallel.config import TrainConfig
 
+    run = None
+
+    def resumed(path: str, overrides: Sequence[str]) -> TrainConfig:
+        from lit_parallel.resume import InterruptedRun
+
+        nonlocal run
+        run = InterruptedRun(path)
+        return run.config(overrides)
+
     config = parse_arguments(
         TrainConfig,
         argv,
         program="python train.py",
         description="Train a model, or test a checkpoint; everything it leaves is in runs/<experiment>/<time>/.",
         examples=[
-            "python train.py",
             "python train.py --config configs/made_cifar10.yaml trainer.max_epochs=3 data.folder=PATH",
+            "python train.py --resume runs/made_cifar10/2026-01-01_12-00-00",
             "python train.py --config configs/densenet_mnist5k.yaml stage=test",
         ],
         default_config=DEFAULT_CONFIG,
+        resume=resumed,
     )
     warnings.filterwarnings("ignore", category=FutureWarning)
     with messages_shown():
-        train(config)
+        train(config) if run is None else _train(config, run)
 
 
 if __name__ == "__main__":

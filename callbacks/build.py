@@ -5,19 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import (
-    EarlyStopping,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    RichProgressBar,
-    WeightAveraging,
-)
+from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar, WeightAveraging
 from torch import Tensor
 
+from callbacks.best_checkpoint import BestCheckpoint
 from callbacks.jacobi_backprop import JacobiBackprop
 from callbacks.jacobi_evaluation import JacobiEvaluation
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.sample_grid import SampleGrid
+from callbacks.seeded_steps import SeededSteps
+from callbacks.stop_at_non_finite import StopAtNonFinite
+from callbacks.stop_early import StopEarly
 from lit_parallel.config import TrainConfig
 from lit_parallel.errors import UserError
 from lit_parallel.modules.autoregressive import AutoregressiveModule
@@ -39,13 +37,11 @@ def build_training_callbacks(config: TrainConfig, folder: Path, model: Trainable
     options = config.callbacks
     validates = config.data.validation_fraction > 0 and config.trainer.limit_val_batches != 0
     monitor = model.monitor if validates else None
-    callbacks: list[pl.Callback] = []
+    checkpoints = folder / "checkpoints"
+    callbacks: list[pl.Callback] = [SeededSteps(config.seed), StopAtNonFinite(checkpoints / "last.ckpt")]
     if not config.trainer.fast_dev_run:  # the weights of a trial are not to be sampled by mistake
-        checkpoints = folder / "checkpoints"
-        if validates:
-            callbacks.append(
-                ModelCheckpoint(dirpath=checkpoints, filename="best", monitor=monitor, enable_version_counter=False)
-            )
+        if monitor is not None:
+            callbacks.append(BestCheckpoint(checkpoints, monitor))
         callbacks.append(LastCheckpoint(checkpoints))
     is_sampled = isinstance(model, AutoregressiveModule)
     if not is_sampled:
@@ -72,7 +68,7 @@ def build_training_callbacks(config: TrainConfig, folder: Path, model: Trainable
     if options.early_stopping.enabled:
         if monitor is None:
             raise UserError("callbacks.early_stopping needs validation data: set data.validation_fraction=0.1.")
-        callbacks.append(EarlyStopping(monitor=monitor, patience=options.early_stopping.patience))
+        callbacks.append(StopEarly(monitor=monitor, patience=options.early_stopping.patience))
     if config.wandb.mode != "disabled":
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     return [*callbacks, *_progress_bar(config)]

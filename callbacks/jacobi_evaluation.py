@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
 
 from lit_parallel.dense import DenseOptions, EvaluationRecord, evaluate_in_parallel, records, restore
 from lit_parallel.dense.structure import find_dense_nets
@@ -43,8 +44,7 @@ class JacobiEvaluation(pl.Callback):
       relative change of the features in each parallel iteration, in the last epoch of a run; of up to 8 images where
       kernels did the work, which keep no curve.
 
-    With several processes (DDP), these are numbers of the first process's part of the data alone; metrics that the
-    module logs are synchronised as always.
+    With several processes (DDP), these are numbers of all their data; the residuals are the first one's.
 
     Args:
         options: How a network is evaluated.
@@ -140,11 +140,11 @@ class JacobiEvaluation(pl.Callback):
     def _end(self, trainer: pl.Trainer, module: nn.Module, part: str) -> None:
         assert self._tallies is not None
         if not trainer.sanity_checking:
-            self._last, self._last_part = self._tallies, part
+            self._last, self._last_part = _of_all_processes(self._tallies), part
             if trainer.is_global_zero:
                 values = {
                     _join("jacobi_evaluation", part, name): value
-                    for network, tally in self._tallies.items()
+                    for network, tally in self._last.items()
                     for name, value in tally.values(network).items()
                 }
                 for logger in trainer.loggers:
@@ -194,7 +194,18 @@ class _Tally:
             if block.residual is not None and len(block.residual) > 0:
                 self.residuals[block.name] = block.residual
         if record.relative_logit_error is not None:
-            self.probes.append(record)
+            self.probes.append(replace(record, blocks=[]))  # only how it compares is told
+
+    def join(self, other: _Tally) -> None:
+        """Add what another process has counted."""
+        self.ways += other.ways
+        self.solvers |= other.solvers
+        self.layers |= other.layers
+        self.probes += other.probes
+        for mine, theirs in ((self.iterations, other.iterations), (self.evaluations, other.evaluations)):
+            for block, numbers in theirs.items():
+                mine.setdefault(block, []).extend(numbers)
+        self.residuals = other.residuals | self.residuals
 
     def values(self, network: str) -> dict[str, float]:
         """What is logged, by names without the callback's."""
@@ -245,6 +256,19 @@ class _Tally:
         if "wall_clock_speedup" in compared:
             text += f", {compared['wall_clock_speedup']:.2f} times as fast"
         return text
+
+
+def _of_all_processes(tallies: dict[str, _Tally]) -> dict[str, _Tally]:
+    """The tallies of all processes that evaluate together, as one, for each network."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return tallies
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, tree_map_only(Tensor, Tensor.cpu, {n: vars(t) for n, t in tallies.items()}))
+    first, *others = ({name: _Tally(**values) for name, values in part.items()} for part in found)
+    for name, tally in first.items():
+        for other in others:
+            tally.join(other[name])
+    return first
 
 
 def _join(*parts: str, separator: str = "/") -> str:

@@ -8,7 +8,9 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ Schema = TypeVar("Schema")
 # The options that stand in no group are listed under this name.
 _TOP = "general"
 _PIPED_WIDTH = 100
+_STOPPED: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _FLAG_OF_SUFFIX = {".yaml": "--config", ".yml": "--config", ".ckpt": "--checkpoint"}
 
 
@@ -39,6 +42,7 @@ class _Program:
     description: str
     examples: Sequence[str]
     default_config: str | Path | None
+    resumes: bool
 
     @property
     def flags(self) -> dict[str, tuple[str, str]]:
@@ -48,6 +52,8 @@ class _Program:
         flags = {"--config": ("PATH", f"a YAML file of options{default}")}
         if "checkpoint" in fields_of(self.schema):
             flags["--checkpoint"] = ("PATH", "the same as checkpoint=PATH")
+        if self.resumes:
+            flags["--resume"] = ("PATH", "go on with the interrupted run in this folder, instead of --config")
         flags["--help"] = ("[GROUP]", "this page, the options of one group below, or of all (--help all)")
         flags["--version"] = ("", "the version of lit-parallel")
         return flags
@@ -61,6 +67,7 @@ def parse_arguments(
     description: str,
     examples: Sequence[str],
     default_config: str | Path | None = None,
+    resume: Callable[[str, Sequence[str]], Schema] | None = None,
 ) -> Schema:
     """Turn the arguments of a command into a config; ``--help`` and ``--version`` print and exit instead.
 
@@ -71,13 +78,15 @@ def parse_arguments(
         description: One line that says what the command does.
         examples: Complete command lines for the help page, at most three.
         default_config: The config file that is read unless ``--config`` names another one.
+        resume: Gives the config after ``--resume PATH``, from the path and the overrides; without it there is no such
+            flag.
 
     Raises:
         UserError: An argument is not understood, or the config cannot be loaded.
         SystemExit: After ``--help`` or ``--version``, with status 0.
     """
-    page = _Program(program, schema, description, examples, default_config)
-    path, overrides = default_config, []
+    page = _Program(program, schema, description, examples, default_config, resume is not None)
+    paths, overrides = {}, []
     arguments = ["--help" if argument == "-h" else argument for argument in argv]
     while arguments:
         argument = arguments.pop(0)
@@ -99,16 +108,47 @@ def parse_arguments(
             _leave(functools.partial(print, _version()))
         elif not value:
             raise UserError(f"{flag} needs a path, as in {flag} PATH.")
-        elif flag == "--config":
-            path = value
+        elif flag in ("--config", "--resume"):
+            paths[flag] = value
         else:
             # In quotes, so that a path with '#' or '[' in it is not taken for YAML.
             overrides.append(f"checkpoint={json.dumps(value)}")
-    return load_config(schema, path, overrides)
+    if resume is None or "--resume" not in paths:
+        return load_config(schema, paths.get("--config", default_config), overrides)
+    if "--config" in paths:
+        raise UserError("a run goes on with its own config: leave out --config, or --resume.")
+    return resume(paths["--resume"], overrides)
+
+
+class Stopped(SystemExit):
+    """What SIGINT (Ctrl-C) and SIGTERM raise, so that everything is closed on the way out.
+
+    Not ``KeyboardInterrupt``, after which Lightning closes less.
+
+    Args:
+        number: Of the signal; the exit status is 128 more.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
+@contextlib.contextmanager
+def says_when_interrupted(hint: Callable[[], str]) -> Iterator[None]:
+    """Let :func:`run_command` add a hint to its line when a signal, or a full disk, ends what is done inside.
+
+    Args:
+        hint: What the user may do now; asked for at that moment.
+    """
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(hint())
+        raise
 
 
 def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 after a user's mistake, 130 after Ctrl-C.
+    """Run a command and return its exit status: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
 
     A mistake is told in one line on stderr, without a traceback; any other exception is a defect and propagates.
 
@@ -116,23 +156,47 @@ def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
         main: The command; called with the arguments.
         argv: The arguments (default: those of this process).
     """
-    try:
-        main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        _complain(f"error: {' '.join(str(error).splitlines())}")
-        return 2
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return 130
-    except SystemExit as error:  # Lightning's answer to Ctrl-C
-        if isinstance(error.__context__, KeyboardInterrupt):
-            _complain("interrupted")
-            return 130
-        raise
-    except OSError as error:
-        _complain(f"error: {error.strerror or first_line(error)}: '{error.filename or 'is the disk full?'}'")
-        return 2
+    with _stoppable() as received:
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                received.append(signal.SIGINT)
+            if received:  # whatever else has failed on the way out
+                _complain(error, _STOPPED[received[0]])
+                return 128 + received[0]
+            if isinstance(error, UserError):
+                _complain(error, f"error: {' '.join(str(error).splitlines())}", with_hint=False)
+            elif isinstance(error, OSError):
+                reason = error.strerror or first_line(error)
+                _complain(error, f"error: {reason}: '{error.filename or 'is the disk full?'}'")
+            else:
+                raise
+            return 2
     return 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Let the first SIGINT or SIGTERM raise :class:`Stopped` inside; yields a list that will hold its number."""
+    received: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        if not received and not _is_ended_by_the_first_process():
+            received.append(number)
+            raise Stopped(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that may ask for signals
+        before = {number: signal.getsignal(number) for number in _STOPPED}
+    ours = [number for number, handler in before.items() if handler not in (None, signal.SIG_IGN)]  # nohup stays nohup
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 @contextlib.contextmanager
@@ -156,9 +220,18 @@ def _is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
 
 
-def _complain(line: str) -> None:
+def _is_ended_by_the_first_process() -> bool:
+    # Started by Lightning, which sets no RANK, unlike torchrun. To end by itself would leave the first one waiting.
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" not in os.environ
+
+
+def _complain(error: BaseException, line: str, *, with_hint: bool = True) -> None:
+    """Tell of an error in one line: the first process all, the others what may have happened to them alone."""
+    hints = getattr(error, "__notes__", [])
     if _is_first_process():
-        print(line, file=sys.stderr)
+        print("; ".join([line, *hints] if with_hint else [line]), file=sys.stderr)
+    elif hints and not isinstance(error, Stopped):
+        print(f"process {os.environ.get('RANK') or os.environ.get('LOCAL_RANK')}: {line}", file=sys.stderr)
 
 
 def _leave(show: Callable[[], None]) -> typing.NoReturn:

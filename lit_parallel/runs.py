@@ -1,11 +1,71 @@
 """Run folders: ``<runs_folder>/<experiment>/<time>/`` holds everything that a run leaves."""
 
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from pytorch_lightning.utilities import rank_zero_only
 
 from lit_parallel.errors import UserError
+
+
+@dataclass
+class RunState:
+    """What a training run remembers beside its checkpoints, in ``run.json``.
+
+    Attributes:
+        wandb_id: Of its Weights & Biases run, which goes on when training does.
+        finished: Whether it has trained to its end and was tested.
+    """
+
+    wandb_id: str | None = None
+    finished: bool = False
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunState":
+        """The state in a run folder; a new one if there is none that can be read."""
+        try:
+            saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            wandb_id, finished = saved["wandb_id"], saved["finished"]
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return cls()
+        plain = isinstance(wandb_id, str) and wandb_id.isalnum()  # it becomes the name of a folder
+        return cls(wandb_id if plain else None, finished is True)
+
+    @rank_zero_only
+    def write(self, folder: Path) -> None:
+        """Write it into a run folder.
+
+        Raises:
+            UserError: If that cannot be written to.
+        """
+        with written_whole(folder / "run.json") as path:
+            path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Write a small file so that at any time it is either the old one or the new one, and whole.
+
+    Yields:
+        Where to write it; it takes its place at the end.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    incomplete = path.with_name(f"{path.name}.incomplete")
+    try:
+        yield incomplete
+        os.replace(incomplete, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            incomplete.unlink()
+        raise UserError(f"Cannot write '{path}': {error.strerror}.") from error
 
 
 def new_run_folder(runs_folder: str | Path, experiment: str) -> Path:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,25 @@ from lit_parallel.runs import short_path
 from lit_parallel.sampling.auto import Choice
 from lit_parallel.solution import Solution
 
+_messages = logging.getLogger(__name__)
+
 _INIT_SECONDS = 60.0
 _FINISH_SECONDS = 300.0  # what is not uploaded by then stays on disk, for wandb sync
+_FLUSH_SECONDS = 1.0  # what was logged before then is on disk, whatever ends the process
 _SHOWN_SAMPLES = 100
+_REFUSED = re.compile(r"\b40[134]\b|permission", re.IGNORECASE)  # by a server that has answered
 
 
 def build_logger(
-    options: WandbOptions, folder: Path, *, config: dict[str, Any], experiment: str, job_type: str
+    options: WandbOptions,
+    folder: Path,
+    *,
+    config: dict[str, Any],
+    experiment: str,
+    job_type: str,
+    goes_on: str | None = None,
 ) -> WandbLogger | None:
-    """Start a run, or return ``None`` if ``wandb.mode`` is ``disabled``.
+    """Start a run, or go on with one, or return ``None`` if ``wandb.mode`` is ``disabled``.
 
     Args:
         options: The config's ``wandb`` group.
@@ -38,9 +51,12 @@ def build_logger(
         config: The resolved config as plain containers; logged.
         experiment: Groups the runs that belong together.
         job_type: ``train``, ``test`` or ``sample``.
+        goes_on: The id of the run to go on with. Offline that makes another folder of the same id; ``wandb sync`` joins
+            them.
 
     Raises:
-        UserError: If an online run has no API key, or the server does not answer.
+        UserError: If an online run has no API key, or the server refuses it. One that does not answer is done without:
+            the run is an offline one then, after a warning.
     """
     if options.mode == "disabled":
         return None
@@ -51,28 +67,39 @@ def build_logger(
         _check_api_key()
     folder.mkdir(parents=True, exist_ok=True)
     name = options.name or (folder.name if job_type == "train" else f"{folder.name}-{job_type}")
+    arguments: dict[str, Any] = {
+        "project": options.project,
+        "entity": options.entity,
+        "id": goes_on,
+        "resume": None if goes_on is None else "allow",
+        "name": name,
+        "group": experiment,
+        "job_type": job_type,
+        "tags": options.tags,
+        "dir": folder,
+        "config": config,
+        "reinit": "create_new",  # a run that the caller has open is the caller's
+        # What a user needs to know is printed by how_to_look.
+        "settings": wandb.Settings(
+            init_timeout=_INIT_SECONDS,
+            finish_timeout=_FINISH_SECONDS,
+            silent=True,
+            console="off",
+            x_transaction_log_flush_interval=_FLUSH_SECONDS,
+        ),
+    }
     try:
-        run = wandb.init(
-            project=options.project,
-            entity=options.entity,
-            name=name,
-            group=experiment,
-            job_type=job_type,
-            tags=options.tags,
-            dir=folder,
-            config=config,
-            mode="offline" if options.mode == "offline" else "online",
-            reinit="create_new",  # a run that the caller has open is the caller's
-            # What a user needs to know is printed by how_to_look.
-            settings=wandb.Settings(
-                init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS, silent=True, console="off"
-            ),
-        )
-    except wandb.errors.CommError as error:
-        reason = str(error).partition("\n")[0]  # the next lines are advice for programmers
-        raise UserError(
-            f"Weights & Biases did not start ({reason}): set wandb.mode=offline and upload later."
-        ) from error
+        try:
+            run = wandb.init(mode="online" if options.mode == "online" else "offline", **arguments)
+        except wandb.errors.CommError as error:
+            reason = str(error).partition("\n")[0]  # the next lines are advice for programmers
+            if isinstance(error, wandb.errors.AuthenticationError) or _REFUSED.search(reason):
+                raise
+            _messages.warning(
+                f"Weights & Biases cannot be reached ({reason}): the run goes on offline, in this folder, and can be "
+                "uploaded when it has ended."
+            )
+            run = wandb.init(mode="offline", **arguments)
     except (wandb.errors.Error, ValueError) as error:  # such as a tag or project that it does not accept
         raise UserError(f"Weights & Biases refuses the options under 'wandb': {one_line(error)}") from error
     # Lightning's values draw against its step; the residuals of a run, having a step of their own, as one curve.
@@ -181,15 +208,24 @@ def how_to_look(logger: WandbLogger | None) -> list[str]:
         return []
     if not run.offline:
         return [f"Weights & Biases: {run.url}"]
-    folder = shlex.quote(str(short_path(Path(run.dir).parent)))
+    newest = Path(run.dir).parent
+    parts = sorted(newest.parent.glob(f"offline-run-*-{run.id}")) or [newest]  # several if the run was interrupted
+    shown = " ".join(shlex.quote(str(short_path(part))) for part in parts)
     return [
-        f"look at the run in this terminal:  wandb leet {folder}",
-        f"upload it (needs an account):      wandb sync {folder}",
+        f"look at the run in this terminal:  wandb leet {shlex.quote(str(short_path(newest)))}",
+        f"upload it (needs an account):      wandb sync {shown}",
     ]
 
 
+def run_id(logger: WandbLogger | None) -> str | None:
+    """The id by which a run can go on, or ``None`` if there is no run in this process."""
+    run = None if logger is None else logger.experiment
+    return run.id if isinstance(run, wandb.Run) else None
+
+
 def finish(logger: WandbLogger | None) -> None:
-    """Close the run, if there is one; never fails, since what was logged is already written."""
+    """Close the run, if there is one, as failed during an exception; never fails: what was logged is written."""
     if logger is not None:
+        exit_code = 0 if sys.exception() is None else 1
         with contextlib.suppress(Exception):
-            logger.experiment.finish()
+            logger.experiment.finish(exit_code=exit_code)

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import logging
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -27,9 +29,14 @@ def build_trainer(options: TrainerOptions, *, callbacks: Sequence[pl.Callback], 
     """
     _quieten()
     try:
-        return pl.Trainer(**dataclasses.asdict(options), callbacks=list(callbacks), **arguments)
+        trainer = pl.Trainer(**dataclasses.asdict(options), callbacks=list(callbacks), **arguments)
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise UserError(f"Lightning's Trainer refuses the options under 'trainer': {one_line(error)}") from error
+    if signal.getsignal(signal.SIGTERM) not in (None, signal.SIG_DFL):
+        # The process has an answer of its own to SIGTERM. Lightning's would come first, and lets the processes of a run
+        # meet within their answers, where they may wait for one another for ever (2.6).
+        trainer._signal_connector._sigterm_notifier_fn = lambda *_: None  # type: ignore[method-assign]
+    return trainer
 
 
 @contextlib.contextmanager
@@ -43,6 +50,39 @@ def lightning_refusals() -> Iterator[None]:
         if "val_check_interval" not in str(error):
             raise
         raise UserError(f"Lightning refuses trainer.val_check_interval: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def restoring(trainer: pl.Trainer, checkpoint: Path | None) -> Iterator[None]:
+    """Turn whatever goes wrong while Lightning reads a checkpoint to go on from into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if checkpoint is None or not trainer._checkpoint_connector._loaded_checkpoint:  # it has been read, or never was
+            raise
+        raise UserError(
+            f"Training cannot go on from '{checkpoint}', which is damaged or of another version ({one_line(error)})."
+        ) from error
+
+
+@contextlib.contextmanager
+def ending_together(trainer: pl.Trainer) -> Iterator[None]:
+    """End the processes that Lightning has started when the first one ends by an exception.
+
+    At the next step they would wait for it, on GPUs for many minutes, and keep the devices. Nothing is lost: the first
+    process writes everything.
+    """
+    try:
+        yield
+    except BaseException:
+        started = getattr(trainer.strategy.launcher, "procs", [])
+        processes = list(started)
+        started.clear()  # Lightning watches it, and would kill the first process while that is still closing files
+        for process in processes:
+            process.kill()
+        raise
 
 
 def check_trainer(options: TrainerOptions) -> None:
@@ -81,5 +121,9 @@ def _quieten() -> None:
         logger.addFilter(wanted)
     # Sampling deals out whole batches by itself, so Lightning knows no indices and needs none.
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+    # No news when training goes on there.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # Of the gradients of 1x1 convolutions, and of no consequence.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # Lightning 2.6 with torch 2.13.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -1,10 +1,13 @@
+import os
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
 
-from lit_parallel.cli import parse_arguments, run_command
+from lit_parallel.cli import parse_arguments, run_command, says_when_interrupted
 from lit_parallel.config import SampleConfig, TrainConfig
 from lit_parallel.errors import UserError
 from lit_parallel.modules.options import MODEL_OPTIONS, OptimizerOptions
@@ -165,12 +168,48 @@ def test_error_is_one_line_whatever_was_typed(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_status_of_ctrl_c(capsys):
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_status_after_a_signal_whatever_fails_then(capsys, number, status, word):
+    before = signal.getsignal(number)
+
     def main(argv):
-        raise KeyboardInterrupt
+        try:
+            with says_when_interrupted(lambda: "try again"):
+                os.kill(os.getpid(), number)
+                time.sleep(10)
+        finally:
+            os.kill(os.getpid(), number)  # a second one disturbs nothing
+            raise RuntimeError from sys.exception()
+
+    assert run_command(main, []) == status
+    assert capsys.readouterr().err.startswith(word)
+    assert signal.getsignal(number) is before
+
+
+def test_a_hint_follows_the_signal(capsys):
+    def main(argv):
+        with says_when_interrupted(lambda: "try again"):
+            raise KeyboardInterrupt  # as where signals cannot be asked for
 
     assert run_command(main, []) == 130
-    assert capsys.readouterr() == ("", "interrupted\n")
+    assert capsys.readouterr() == ("", "interrupted; try again\n")
+
+
+def test_what_lightning_has_started_is_ended_by_the_first_process(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_command(lambda argv: os.kill(os.getpid(), signal.SIGTERM), []) == 0
+    monkeypatch.setenv("RANK", "1")  # by torchrun, which signals every process
+    assert run_command(lambda argv: os.kill(os.getpid(), signal.SIGTERM), []) == 143
+
+
+def test_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # by nohup
+    try:
+        assert run_command(lambda argv: os.kill(os.getpid(), signal.SIGINT), []) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_defects_propagate():
@@ -184,6 +223,17 @@ def test_only_the_first_process_speaks(capsys, monkeypatch, variable):
     assert run_command(lambda argv: parse(*argv), ["seed=x"]) == 2
     assert capsys.readouterr() == ("", "")
     assert help_text(capsys, "--help") == ""
+
+
+def test_other_processes_tell_what_happened_to_them_alone(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def main(argv):
+        with says_when_interrupted(lambda: "try again"):
+            raise UserError("no such image")
+
+    assert run_command(main, []) == 2
+    assert capsys.readouterr().err == "process 1: error: no such image\n"
 
 
 SCRIPT = """
@@ -200,17 +250,6 @@ def test_a_real_process_ends_with_status_2_and_no_traceback():
     done = subprocess.run([sys.executable, "-c", SCRIPT, "--lr=3"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: Unknown flag '--lr'. Did you mean 'optimizer.lr=3'?\n"
-
-
-def test_an_exit_after_ctrl_c_has_its_own_status(capsys):
-    def main(argv):
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            raise SystemExit(1)  # noqa: B904  (as Lightning does)
-
-    assert run_command(main, []) == 130
-    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_full_disk_is_one_line(capsys):

@@ -12,6 +12,7 @@ from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from lit_parallel import tracking
 from lit_parallel.config import WandbOptions
 from lit_parallel.errors import UserError
 from lit_parallel.plots import image_grid
@@ -239,16 +240,33 @@ def test_online_run_starts_with_a_key_whatever_wandb_mode_says(tmp_path, monkeyp
     monkeypatch.setenv("WANDB_MODE", "offline")
     asked = {}
 
-    def unreachable(**arguments):
+    def refused(**arguments):
         asked.update(arguments)
-        raise wandb.errors.CommError("no answer\nConsider this")
+        raise wandb.errors.CommError("no such entity (Error 404: Not Found)\nConsider this")
 
-    monkeypatch.setattr(wandb, "init", unreachable)
-    with pytest.raises(UserError, match=r"^Weights & Biases did not start \(no answer\).*offline"):
+    monkeypatch.setattr(wandb, "init", refused)
+    with pytest.raises(UserError, match=r"^Weights & Biases refuses .* no such entity"):
         build(tmp_path / "run", mode="online")
     assert asked["mode"] == "online"
     assert 0 < asked["settings"].init_timeout <= 60
     assert asked["settings"].finish_timeout > 0
+
+
+def test_online_without_a_network_goes_on_offline_after_one_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setattr(tracking, "_INIT_SECONDS", 1.0)
+    logger = build(tmp_path / "run", mode="online")
+    (warning,) = (record.getMessage() for record in caplog.records if record.name == tracking.__name__)
+    assert "cannot be reached" in warning
+    assert "goes on offline" in warning
+    assert "\n" not in warning
+    logger.log_metrics({"train/loss": 0.25}, step=3)
+    _, upload = how_to_look(logger)
+    finish(logger)
+    folder = Path(shlex.split(upload)[-1])
+    assert folder.parent == tmp_path / "run" / "wandb"
+    (log,) = folder.glob("run-*.wandb")
+    assert any(record.get("history", {}).get("item", {}).get("train/loss") == 0.25 for record in records(log))
 
 
 def test_options_that_wandb_refuses_are_told_in_one_line(tmp_path):

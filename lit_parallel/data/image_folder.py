@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_parallel.data.options import ImageFolderOptions
 from lit_parallel.data.split_data import Part, SplitData
 from lit_parallel.errors import UserError, one_line
+from lit_parallel.seeds import seed_of
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 TRAINING, TEST = "train", "val"
@@ -38,6 +39,8 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
         labels: int64 ``[n]``.
         options: How they are resized and cropped.
         augment: Crop and mirror at random, as in training.
+        seed: Of the randomness of a batch, which depends on nothing else but the batch's files and their order: not on
+            the process that loads it, nor on the batches before.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     labels: Tensor
     options: ImageFolderOptions
     augment: bool = False
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,7 +66,9 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor] | UserError:
         # A worker process would wrap an exception into its traceback: the loader raises it instead.
         try:
-            images, labels = zip(*(self[index] for index in indices), strict=True)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(self.seed, *indices))
+                images, labels = zip(*(self[index] for index in indices), strict=True)
         except UserError as error:
             return error
         return torch.stack(images), torch.stack(labels)
@@ -139,7 +145,7 @@ class ImageFolderData(SplitData):
             else:
                 everything = self._list(TRAINING)
                 train, validation = map(everything.part, self.split(len(everything)))
-                self._sets["train"] = dataclasses.replace(train, augment=self.options.augment)
+                self._sets["train"] = dataclasses.replace(train, augment=self.options.augment, seed=self.seed)
                 self._sets["validation"] = validation
         return self._sets[part]
 

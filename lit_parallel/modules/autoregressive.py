@@ -89,8 +89,8 @@ class AutoregressiveModule(TrainableModule):
         images = batch[0]
         noise = torch.rand(images.shape, device=images.device)
         loss = -self.log_likelihood(images, noise, self._labels(batch)).mean() / self.length
-        self.log("train/loss", loss)
-        self.log("train/bits_per_dim", loss.detach() / math.log(2), prog_bar=True)
+        self.log("train/loss", loss.detach(), sync_dist=True)
+        self.log("train/bits_per_dim", loss.detach() / math.log(2), prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Any, batch_index: int) -> None:

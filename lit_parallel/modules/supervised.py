@@ -46,7 +46,7 @@ class SupervisedModule(TrainableModule):
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         means = {name: values.mean() for name, values in self.measure(self(batch[0]), batch[1]).items()}
-        self.log_dict({f"train/{name}": mean.detach() for name, mean in means.items()}, prog_bar=True)
+        self.log_dict({f"train/{name}": mean.detach() for name, mean in means.items()}, prog_bar=True, sync_dist=True)
         return means["loss"]
 
     def on_validation_epoch_start(self) -> None:

@@ -98,8 +98,37 @@ def test_only_a_remainder_is_dropped(batch_size, batches):
 def test_remainder_is_kept_when_each_process_has_one_batch(monkeypatch):
     data = numbered(batch_size=50)
     assert data.train_dataloader().drop_last
-    monkeypatch.setattr(data, "trainer", SimpleNamespace(world_size=2))
+    monkeypatch.setattr(data, "trainer", SimpleNamespace(world_size=2, global_rank=0))
     assert not data.train_dataloader().drop_last
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "batch_size", "largest"),
+    [(20, 2, 4, 4), (20, 3, 8, 7), (21, 4, 5, 4), (25, 4, 3, 4), (9, 4, 1, 3), (4, 3, 8, 2), (4, 4, 1, 1)],
+)
+def test_processes_evaluate_each_sample_once_in_equally_many_batches(
+    monkeypatch, number, processes, batch_size, largest
+):
+    data = numbered(evaluation_batch_size=batch_size)
+    monkeypatch.setattr(data, "samples", lambda part: ImageSet(*Numbered.load(data)[0][:number]))
+    found = []
+    for rank in range(processes):
+        monkeypatch.setattr(data, "trainer", SimpleNamespace(world_size=processes, global_rank=rank))
+        found.append([images[:, 0, 0, 0].tolist() for images, _ in data.test_dataloader()])
+    assert len(set(map(len, found))) == 1
+    assert max(len(batch) for batches in found for batch in batches) == largest
+    assert sorted(sample for batches in found for batch in batches for sample in batch) == list(range(number))
+
+
+def test_processes_train_together_on_the_batches_of_one(monkeypatch):
+    alone, parts = list(numbered(batch_size=16).train_dataloader()), []
+    for rank in range(2):
+        data = numbered(batch_size=8)
+        monkeypatch.setattr(data, "trainer", SimpleNamespace(world_size=2, global_rank=rank))
+        parts.append(list(data.train_dataloader()))
+    for (images, _), *others in zip(alone, *parts, strict=True):
+        together = torch.cat([part for part, _ in others])
+        assert sorted(together[:, 0, 0, 0].tolist()) == sorted(images[:, 0, 0, 0].tolist())
 
 
 def test_setup_reads_once():
