@@ -433,6 +433,10 @@ def halves_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([high, (scaled - high.float()).half()]), torch.exp2(exponent).reshape(1)
 
 
-def build_chain(kind: str, layer: Layer, source: Tensor, last: Tensor, precision: str) -> KernelChain:
+def build_chain(
+    kind: str, layer: Layer, source: Tensor, last: Tensor, precision: str, factors: Tensor | None = None
+) -> KernelChain:
     """The chain of a layer; see :func:`lit_parallel.recurrent.layers.build_chain`."""
-    return KernelChain(kind, linearise(kind, layer), layer.weight_hh, source, last, precision)
+    return KernelChain(
+        kind, linearise(kind, layer) if factors is None else factors, layer.weight_hh, source, last, precision
+    )

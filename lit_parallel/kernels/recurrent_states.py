@@ -7,6 +7,8 @@ sequence, as in the plain reference, :class:`lit_parallel.recurrent.forward_pass
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -107,9 +109,9 @@ def _multiply_gates(
 
 @triton.jit
 def _step_streamed(
-    j, v, c, row, n, b, inside, h, from_input, bias, weight, weight_scale, output, aside, size, T, B, C,
-    H: tl.constexpr, HP: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr, KEEP: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, FULL: tl.constexpr,
+    j, v, c, row, n, b, inside, h, from_input, bias, weight, weight_scale, output, factors, aside, size, T, B, C,
+    H: tl.constexpr, HP: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr, KEEP: tl.constexpr, FACTORS: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One step of every row; rows that have no such step stay as they are."""
     G: tl.constexpr = 1 if KIND < 2 else KIND + 1
@@ -136,13 +138,31 @@ def _step_streamed(
         a_0, a_1, a_2, a_3 = _multiply_gates(aside, size, weight, row, inside, h, H, HP, G, R, DEPTH, STAGES, FULL)
         if KIND == 2:
             of_n = tl.load(bias + h, mask=h < H, other=0.0)[None, :]
-            z = sigmoid(x_1 + a_1 * back)
-            fresh = tanh(x_2 + sigmoid(x_0 + a_0 * back) * (a_2 * back + of_n))
+            r, z, q = sigmoid(x_0 + a_0 * back), sigmoid(x_1 + a_1 * back), a_2 * back + of_n
+            fresh = tanh(x_2 + r * q)
             new = fresh + z * (v - fresh)
+            if KEEP and FACTORS:  # as in recurrent_factors
+                to = factors + at * (5 * H) + h[None, :]
+                to_n = (1.0 - z) * (1.0 - fresh * fresh)
+                tl.store(to, to_n, mask=mask)
+                tl.store(to + H, to_n * q * r * (1.0 - r), mask=mask)
+                tl.store(to + 2 * H, (v - fresh) * z * (1.0 - z), mask=mask)
+                tl.store(to + 3 * H, to_n * r, mask=mask)
+                tl.store(to + 4 * H, z, mask=mask)
         else:
-            new_c = sigmoid(x_1 + a_1 * back) * c + sigmoid(x_0 + a_0 * back) * tanh(x_2 + a_2 * back)
-            new_c = tl.where(mask, new_c, c)
-            new = sigmoid(x_3 + a_3 * back) * tanh(new_c)
+            i, f, g = sigmoid(x_0 + a_0 * back), sigmoid(x_1 + a_1 * back), tanh(x_2 + a_2 * back)
+            o = sigmoid(x_3 + a_3 * back)
+            new_c = tl.where(mask, f * c + i * g, c)
+            tanh_c = tanh(new_c)
+            new = o * tanh_c
+            if KEEP and FACTORS:
+                to = factors + at * (6 * H) + h[None, :]
+                tl.store(to, o * (1.0 - tanh_c * tanh_c), mask=mask)
+                tl.store(to + H, g * i * (1.0 - i), mask=mask)
+                tl.store(to + 2 * H, c * f * (1.0 - f), mask=mask)
+                tl.store(to + 3 * H, i * (1.0 - g * g), mask=mask)
+                tl.store(to + 4 * H, tanh_c * o * (1.0 - o), mask=mask)
+                tl.store(to + 5 * H, f, mask=mask)
     tl.debug_barrier()
     new = tl.where(mask, new, v)
     if KEEP:
@@ -152,10 +172,11 @@ def _step_streamed(
 
 @triton.jit(do_not_specialize=["T", "B", "C", "rows"])
 def _walk(
-    from_input, bias, weight, halves, scale, last, start, output, aside, arrived, left, energies,
+    from_input, bias, weight, halves, scale, last, start, output, factors, aside, arrived, left, energies,
     T, B, C, halo_at, rows,
     H: tl.constexpr, HP: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr, START: tl.constexpr, KEEP: tl.constexpr,
-    RESIDENT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl.constexpr,
+    FACTORS: tl.constexpr, RESIDENT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FULL: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Walk R rows; see :meth:`lit_parallel.recurrent.chain.Chain.walk`."""
     S: tl.constexpr = 2 * H if KIND == 3 else H
@@ -199,16 +220,16 @@ def _walk(
             c = tl.load(from_state + H, mask=given, other=0.0)
         for i in range(halo):
             v, c, _ = _step_streamed(
-                C + halo - 1 - i, v, c, row, n, b, inside, h, from_input, bias, halves, weight_scale, output, aside,
-                size, T, B, C, H, HP, R, KIND, False, DEPTH, STAGES, FULL,
+                C + halo - 1 - i, v, c, row, n, b, inside, h, from_input, bias, halves, weight_scale, output, factors,
+                aside, size, T, B, C, H, HP, R, KIND, False, False, DEPTH, STAGES, FULL,
             )  # fmt: skip
         tl.store(arrived + state, v, mask=mask)
         if KIND == 3:
             tl.store(arrived + state + H, c, mask=mask)
         for i in range(C):
             v, c, kept = _step_streamed(
-                C - 1 - i, v, c, row, n, b, inside, h, from_input, bias, halves, weight_scale, output, aside,
-                size, T, B, C, H, HP, R, KIND, KEEP, DEPTH, STAGES, FULL,
+                C - 1 - i, v, c, row, n, b, inside, h, from_input, bias, halves, weight_scale, output, factors,
+                aside, size, T, B, C, H, HP, R, KIND, KEEP, FACTORS, DEPTH, STAGES, FULL,
             )  # fmt: skip
             squares += kept * kept
         if KIND == 3:
@@ -218,7 +239,14 @@ def _walk(
 
 
 class KernelStateChain(LaunchedChain, StateChain):
-    """The states of a layer, walked by the kernel."""
+    """The states of a layer, walked by the kernel.
+
+    Attributes:
+        factors: To be filled as well, for the backward pass, as :func:`lit_parallel.kernels.recurrent.linearise` would
+            from the output.
+    """
+
+    factors: Tensor | None = None
 
     def __init__(self, kind: str, layer: Layer, precision: str = "full") -> None:
         """Take what is there before the forward pass.
@@ -250,8 +278,13 @@ class KernelStateChain(LaunchedChain, StateChain):
         self.halves = self.scale = self.weight
         if not self.resident:
             self.halves, self.scale = halves_of(self.weight)
-        # Measured on an H100.
-        self.step_costs = (3e-6, 1e-9) if self.resident else (1e-5, 2.6e-9 * (self.hidden / 128) ** 2)
+
+    def preferred_block(self, halo: int) -> int:
+        """As many programs as multiprocessors, or that twice, ...: a step takes as long for one as for all of them."""
+        at_once = self._launch()[0] * _multiprocessors(self.last.device)
+        blocks = (-(-self.length * self.batch // (rounds * at_once)) for rounds in range(1, 9))
+        costs = {max(4, block): (max(4, block) + halo) * rounds for rounds, block in enumerate(blocks, 1)}
+        return min(min(costs, key=lambda block: costs[block]), self.length)
 
     def walk(
         self, block: int, halo: int = 0, start: Tensor | None = None, *, source: bool = True, into: Tensor | None = None
@@ -273,6 +306,7 @@ class KernelStateChain(LaunchedChain, StateChain):
             self.last,
             self.last if start is None else start.contiguous(),
             self.last if into is None else into,
+            self.last if self.factors is None else self.factors,
             aside,
             arrived,
             left,
@@ -288,6 +322,7 @@ class KernelStateChain(LaunchedChain, StateChain):
             KINDS[self.kind],
             start is not None,
             into is not None,
+            self.factors is not None,
             self.resident,
             depth,
             stages,
@@ -312,7 +347,13 @@ class KernelStateChain(LaunchedChain, StateChain):
             return 16, 8, 16, 1
         if self.gates == 1:
             return 16, 4, max(16, 32 * 128 // max(128, triton.next_power_of_2(self.hidden))), 4
-        return 16, 8 if self.hidden > 64 else 4, 16, 3
+        depth = 32 if self.hidden <= 128 else 16
+        return 16, 8 if self.hidden > 64 else 4, depth, 2 if self.gates == 4 else 3
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def supports(layer: Layer) -> bool:

@@ -45,7 +45,7 @@ class CapturedPass:
             careful: See :class:`~lit_parallel.recurrent.chain.Chain`.
             moves: As far as an earlier graph has seen them.
         """
-        self.block, self._key = block, (block, careful, task.needed)
+        self.block, self._key = block, (block, careful, task.variant())
         of_read, of_written = moves or (None, None)
         self._read, self._written = _Places(task.tensors(), of_read), _Places(given(results), of_written)
         self._device = task.input.device
@@ -80,12 +80,12 @@ class CapturedPass:
 
     def fits(self, task: LayerTask, results: Sequence[Tensor | None], block: int, careful: bool) -> bool:
         """Whether a pass of the same layer and the same shape of input is like the captured one."""
-        same = self._key == (block, careful, task.needed)
+        same = self._key == (block, careful, task.variant())
         return same and self._read.hold(task.tensors()) and self._written.hold(given(results))
 
     def moves(self, task: LayerTask, results: Sequence[Tensor | None]) -> Moves | None:
         """How often tensors have moved, for the graph of a pass that does not fit; None: that begins anew."""
-        if self._passes >= _SETTLED or task.needed != self._key[2]:
+        if self._passes >= _SETTLED or task.variant() != self._key[2]:
             return None
         return self._read.moves(task.tensors()), self._written.moves(given(results))
 

@@ -58,6 +58,8 @@ class ForwardController(Tuner):
     def __init__(self, name: str, options: RecurrentOptions) -> None:
         super().__init__(name, options)
         self.enabled = options.forward
+        #: Set to let the next pass look again at what is faster.
+        self.recheck = False
         self._newest: Outcome | None = None
 
     @property
@@ -65,6 +67,11 @@ class ForwardController(Tuner):
         """Of the newest pass; None if that was an ordinary one."""
         x = self._newest
         return None if x is None else ForwardRecord(x.iterations, x.sweeps, x.residual, x.error, x.block, x.halo)
+
+    @property
+    def was_parallel(self) -> bool:
+        """Whether the newest pass was."""
+        return self._newest is not None
 
     def expected_seconds(self, shape: Shape) -> float | None:
         """How long a pass takes; None if that was not measured."""
@@ -74,13 +81,21 @@ class ForwardController(Tuner):
         return times[0] if _is_ordinary(tuned, shape[0]) else times[1]
 
     def is_ordinary(self, shape: Shape) -> bool:
-        """Whether passes of a shape are known to go the ordinary way, and it is not time to look again."""
+        """Whether passes of a shape are known to go the ordinary way, and nobody has asked to look again."""
         if not self.enabled:
             return True
-        tuned, every = self._tuned.get(shape), self.options.probe_every
-        if tuned is None or not _is_ordinary(tuned, shape[0]) or (every > 0 and (tuned.calls + 1) % every == 0):
+        tuned = self._tuned.get(shape)
+        return tuned is not None and not self.recheck and _is_ordinary(tuned, shape[0])
+
+    def skips(self, shape: Shape) -> bool:
+        """The same for a pass that is run now, one of some that look again."""
+        if not self.is_ordinary(shape):
             return False
-        tuned.calls += 1
+        if self.enabled:
+            tuned, every = self._tuned[shape], self.options.probe_every
+            if every > 0 and (tuned.calls + 1) % every == 0:
+                return False
+            tuned.calls += 1
         return True
 
     def forward(self, task: ForwardPass) -> States:
@@ -102,7 +117,9 @@ class ForwardController(Tuner):
         tuned = self._find(shape) or self._tuned.setdefault(shape, _Tuned(_SOLVER))
         tuned.calls += 1
         new = tuned.calls == 1 and math.isnan(tuned.ordinary_seconds)
-        again = self.options.probe_every > 0 and tuned.calls % self.options.probe_every == 0
+        every = self.options.probe_every
+        again = self.recheck or (every > 0 and tuned.calls % every == 0)
+        self.recheck = False
         if new or (again and _is_ordinary(tuned, shape[0])):
             self._choose(tuned, task)
         if _is_ordinary(tuned, shape[0]):
@@ -117,7 +134,7 @@ class ForwardController(Tuner):
 
     def _states(self, tuned: _Tuned, task: ForwardPass) -> States | None:
         """The results of a parallel pass; None if that ended without any."""
-        output, h, c = self._run(tuned, task)
+        output, h, c, _ = self._run(tuned, task)
         outcome, plan = tuned.outcome, tuned.plans[_SOLVER]
         assert outcome is not None
         assert output is not None

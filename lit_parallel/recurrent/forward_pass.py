@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_parallel.kernels import triton_runs_on
 from lit_parallel.recurrent.cells import Cell, Layer, cell_of
 from lit_parallel.recurrent.chain import Chain, SteppedChain, blocks_of
-from lit_parallel.recurrent.layers import LayerTask, Solve, full_precision, given, kernels_support, run_layer
+from lit_parallel.recurrent.layers import LayerTask, Solve, fits, full_precision, given, kernels_support, run_layer
 from lit_parallel.recurrent.solve import SAFETY, Gain, Plan
 
 _NUDGE = 1e-3  # of the states: small enough to be linear, far above float32's rounding
@@ -95,6 +95,7 @@ class ForwardPass(LayerTask):
         c_0: ``[batch, hidden]``, of an LSTM.
         weights: ``weight_ih``, ``weight_hh`` and, with biases, ``bias_ih``, ``bias_hh``.
         precision: Of the products in the chain.
+        linearised: Whether the factors of the backward pass are wanted as well, where a kernel finds them on its way.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class ForwardPass(LayerTask):
         c_0: Tensor | None,
         weights: Sequence[Tensor | None],
         precision: str = "full",
+        *,
+        linearised: bool = False,
     ) -> None:
         self.kind, self.input, self.precision = kind, input, precision
         output = input.new_empty(*input.shape[:2], h_0.shape[-1])
@@ -112,6 +115,11 @@ class ForwardPass(LayerTask):
         assert weight_ih is not None
         assert weight_hh is not None
         self.layer = Layer(input, output, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+        cell = cell_of(kind)
+        self.factors = None
+        if linearised and cell.gates > 1 and self.by_kernels() and fits(self):
+            shape = (*input.shape[:2], cell.factors, h_0.shape[-1])
+            self.factors = input.new_empty(shape, dtype=torch.float32)
 
     def ordinary(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """PyTorch's own: output ``[time, batch, hidden]``, last h and c ``[1, batch, hidden]``."""
@@ -120,23 +128,25 @@ class ForwardPass(LayerTask):
         return run_layer(self.kind, layer.input, layer.h_0[None], c_0, layer.weights)
 
     def solved(self, solve: Solve) -> tuple[Tensor | None, ...]:
-        return self._states(solve, self.layer)
+        return self._states(solve, self.layer, self.factors)
 
     @full_precision()
-    def _states(self, solve: Solve, layer: Layer) -> tuple[Tensor | None, ...]:
-        """The output, and the last h and c, ``[batch, hidden]``."""
+    def _states(self, solve: Solve, layer: Layer, factors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The output, the last h and c, ``[batch, hidden]``, and the factors."""
         dtype, hidden = layer.output.dtype, layer.h_0.shape[-1]
         layer = layer.to(torch.promote_types(dtype, torch.float32))
         chain = build_state_chain(self.kind, layer, self.precision)
+        if factors is not None:
+            chain.factors = factors  # type: ignore[attr-defined]
         into = layer.output
         initial = solve(chain, into, lambda: None)
         output = chain.in_time(into)
         h, c = initial[:, :hidden], None if layer.c_0 is None else initial[:, hidden:]
-        return tuple(None if x is None else x.to(dtype).contiguous() for x in (output, h, c))
+        return *(None if x is None else x.to(dtype).contiguous() for x in (output, h, c)), factors
 
     def memory(self) -> int:
         cell = cell_of(self.kind)
-        return 4 * self.layer.output.numel() * (2 + cell.gates) + 4 * self.input.numel()
+        return 4 * self.layer.output.numel() * (2 + cell.gates + cell.factors) + 4 * self.input.numel()
 
     def tensors(self) -> list[Tensor]:
         return given(value for name, value in vars(self.layer).items() if name != "output")
@@ -147,15 +157,17 @@ class ForwardPass(LayerTask):
         named = vars(self.layer).items()
         layer = {name: x if x is None or name == "output" else next(each) for name, x in named}
         other.kind, other.precision, other.layer = self.kind, self.precision, Layer(**layer)
-        other.input = other.layer.input
+        other.input, other.factors = other.layer.input, self.factors
         return other
 
     def new_results(self) -> tuple[Tensor | None, ...]:
         layer = self.layer
-        return layer.output, torch.empty_like(layer.h_0), None if layer.c_0 is None else torch.empty_like(layer.c_0)
+        c = None if layer.c_0 is None else torch.empty_like(layer.c_0)
+        return layer.output, torch.empty_like(layer.h_0), c, self.factors
 
     def solved_near(self, solve: Solve, results: Sequence[Tensor]) -> list[Tensor]:
-        return given(self._states(solve, dataclasses.replace(self.layer, output=results[0])))
+        factors = None if self.factors is None else results[-1]
+        return given(self._states(solve, dataclasses.replace(self.layer, output=results[0]), factors))
 
 
 def build_state_chain(kind: str, layer: Layer, precision: str = "full") -> StateChain:

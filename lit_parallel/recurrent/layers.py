@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -144,12 +145,18 @@ class LayerTask(Task):
         layer: What the pass has.
         needed: Which results are wanted, if not always all.
         precision: Of the products in the chain.
+        factors: Of the adjoint, ``[time, batch, factors, hidden]``, if a kernel finds them on its way forward.
     """
 
     kind: str
     layer: Layer
     needed: tuple[bool, ...] = ()
     precision: str
+    factors: Tensor | None
+
+    def variant(self) -> Hashable:
+        """Passes of different variants read or write different tensors."""
+        return self.needed, self.factors is not None
 
     @abstractmethod
     def memory(self) -> int:
@@ -185,6 +192,7 @@ class LayerPass(LayerTask, BackwardPass):
         grads: Gradients of the output ``[time, batch, hidden]``, and of the last h and c, ``[batch, hidden]``.
         needed: Whether the gradients of input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh are wanted.
         precision: Of the products in the chain.
+        factors: From a forward pass that has found them.
     """
 
     parameters = slice(3, 7)
@@ -196,9 +204,10 @@ class LayerPass(LayerTask, BackwardPass):
         grads: tuple[Tensor, Tensor, Tensor | None],
         needed: tuple[bool, ...],
         precision: str = "full",
+        factors: Tensor | None = None,
     ) -> None:
         self.kind, self.layer, self.grads, self.needed, self.precision = kind, layer, grads, needed, precision
-        self.input = layer.input
+        self.input, self.factors = layer.input, factors
 
     def memory(self) -> int:
         cell = cell_of(self.kind)
@@ -220,7 +229,7 @@ class LayerPass(LayerTask, BackwardPass):
         layer = self.layer.to(inner)
         grad_output, grad_h, grad_c = self.grads
         last = (grad_h if grad_c is None else torch.cat([grad_h, grad_c], dim=-1)).to(inner)
-        chain = build_chain(self.kind, layer, grad_output.to(inner), last, self.precision)
+        chain = build_chain(self.kind, layer, grad_output.to(inner), last, self.precision, self.factors)
         p = torch.empty(chain.length, chain.batch, chain.gradient_size, dtype=inner, device=last.device)
         hidden = layer.h_0.shape[-1]
         of_input, of_hidden = cell.of_input(p, hidden), cell.of_hidden(p, hidden)
@@ -251,13 +260,14 @@ class LayerPass(LayerTask, BackwardPass):
         return tuple(grad if grad is None else grad.to(dtype) for grad in grads)
 
     def tensors(self) -> list[Tensor]:
-        return given((*vars(self.layer).values(), *self.grads))
+        return given((*vars(self.layer).values(), *self.grads, self.factors))
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> LayerPass:
         each = iter(tensors)
         layer = {name: None if x is None else next(each) for name, x in vars(self.layer).items()}
         grads = tuple(None if grad is None else next(each) for grad in self.grads)
-        return LayerPass(self.kind, Layer(**layer), grads, self.needed, self.precision)  # type: ignore[arg-type]
+        factors = None if self.factors is None else next(each)
+        return LayerPass(self.kind, Layer(**layer), grads, self.needed, self.precision, factors)  # type: ignore[arg-type]
 
     def solved_near(self, solve: Solve, results: Sequence[Tensor]) -> list[Tensor]:
         return given(self.gradients(solve, results[0] if self.needed[0] else None))
@@ -308,12 +318,14 @@ def kernels_support(kind: str, layer: Layer) -> bool:
     return kind in _FORWARD and layer.output.dtype != torch.float64 and layer.h_0.shape[-1] <= _MAX_KERNEL_HIDDEN
 
 
-def build_chain(kind: str, layer: Layer, grad_output: Tensor, last: Tensor, precision: str = "full") -> Chain:
-    """The chain of a layer, with its kernel where there is one."""
+def build_chain(
+    kind: str, layer: Layer, grad_output: Tensor, last: Tensor, precision: str = "full", factors: Tensor | None = None
+) -> Chain:
+    """The chain of a layer, with its kernel where there is one, whose factors may be known already."""
     if triton_runs_on(last.device) and kernels_support(kind, layer):
         from lit_parallel.kernels import recurrent as kernels
 
-        return kernels.build_chain(kind, layer, grad_output, last, precision)
+        return kernels.build_chain(kind, layer, grad_output, last, precision, factors)
     cell = cell_of(kind)
     return CellChain(cell, cell.linearise(layer), layer.weight_hh, grad_output, last)
 
@@ -324,5 +336,15 @@ def can_be_captured(task: Task) -> bool:
         return False
     if not task.by_kernels() or torch.cuda.is_current_stream_capturing():
         return False
-    memory = torch.cuda.get_device_properties(task.input.device).total_memory
-    return task.memory() < _PART_OF_MEMORY * memory
+    return fits(task)
+
+
+def fits(task: LayerTask) -> bool:
+    """Whether what a pass takes may be kept: little of the device's memory."""
+    device = task.input.device
+    return device.type != "cuda" or task.memory() < _PART_OF_MEMORY * _memory_of(device)
+
+
+@functools.cache
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory

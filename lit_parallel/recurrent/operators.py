@@ -46,26 +46,33 @@ def recurrent_layer(
     if torch.compiler.is_compiling():
         output, h, c = _layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, kind, controller)
     else:
-        output, h, c = _Layer.apply(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, kind, controller)
+        recorded = torch.is_grad_enabled()
+        output, h, c = _Layer.apply(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, kind, controller, recorded)
     return output, h, None if c_0 is None else c
 
 
-def _forward(inputs: Sequence[Any], kind: str, known: Controller) -> tuple[Tensor, Tensor, Tensor | None]:
+def _forward(
+    inputs: Sequence[Any], kind: str, known: Controller, *, linearised: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The output, the last states and, if wanted and found on the way, the factors of the backward pass."""
     input, h_0, c_0, *weights = inputs
     ahead = known.ahead
     with known.timed("forward", input.device):
-        if ahead.is_ordinary(shape_of(input)):
-            return run_layer(kind, input, h_0, c_0, [weight for weight in weights if weight is not None])
-        task = ForwardPass(kind, input, h_0[0], None if c_0 is None else c_0[0], weights, known.options.precision)
+        if ahead.skips(shape_of(input)):
+            return *run_layer(kind, input, h_0, c_0, [weight for weight in weights if weight is not None]), None
+        c = None if c_0 is None else c_0[0]
+        task = ForwardPass(kind, input, h_0[0], c, weights, known.options.precision, linearised=linearised)
         if torch.is_autocast_enabled(input.device.type):
             with torch.autocast(input.device.type, enabled=False):  # its sums are in float32
-                return ahead.forward(task)
-        return ahead.forward(task)
+                states = ahead.forward(task)
+        else:
+            states = ahead.forward(task)
+        return *states, task.factors if ahead.was_parallel else None
 
 
 def _backward(
     grads: Sequence[Tensor | None], inputs: Sequence[Any], output: Tensor, needed: tuple[bool, ...], kind: str,
-    known: Controller, *, compare: bool = True,
+    known: Controller, factors: Tensor | None = None, *, compare: bool = True,
 ) -> list[Tensor | None]:  # fmt: skip
     refuse_second_derivatives()
     input, h_0, c_0, *weights = inputs
@@ -77,7 +84,7 @@ def _backward(
         known.given(of_h if of_h is None else of_h[0], h),
         None if c_0 is None else known.given(of_c if of_c is None else of_c[0], h),
     )
-    task = LayerPass(kind, layer, outer, needed, known.options.precision)
+    task = LayerPass(kind, layer, outer, needed, known.options.precision, factors)
     if torch.is_autocast_enabled(input.device.type):
         with torch.autocast(input.device.type, enabled=False):  # a backward pass may be called under it
             done = known.backward(task, compare=compare)
@@ -89,17 +96,18 @@ def _backward(
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        *inputs, ctx.kind, controller = arguments
+        *inputs, ctx.kind, controller, recorded = arguments
         ctx.known = _controllers[controller]  # the module may be restored before the backward pass
-        output, h, c = _forward(inputs, ctx.kind, ctx.known)
-        ctx.save_for_backward(*inputs, output)
+        output, h, c, factors = _forward(inputs, ctx.kind, ctx.known, linearised=recorded)
+        ctx.save_for_backward(*inputs, output, factors)
         ctx.set_materialize_grads(False)  # zeros made anew in every pass cost the host more than they seem to
         return output, h, c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        *inputs, output = ctx.saved_tensors
-        return *_backward(grads, inputs, output, ctx.needs_input_grad[:7], ctx.kind, ctx.known), None, None
+        *inputs, output, factors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:7]
+        return *_backward(grads, inputs, output, needed, ctx.kind, ctx.known, factors), None, None, None
 
 
 @torch.library.custom_op("lit_parallel::recurrent_layer", mutates_args=())
@@ -116,7 +124,7 @@ def _layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
     with torch.no_grad():
-        output, h, c = _forward(inputs, kind, _controllers[controller])
+        output, h, c, _ = _forward(inputs, kind, _controllers[controller])
     return output.contiguous(), h.clone(), h.new_empty(0) if c is None else c.clone()
 
 

@@ -120,6 +120,7 @@ class _ParallelForward:
         self._parts = _parts_of(module)
         self._ordinary_calls = 0
         self._told: set[str] = set()
+        self._settled: set[tuple[Any, ...]] = set()  # inputs for which the ordinary way was found to be faster
         self._begin()
 
     def _begin(self) -> None:
@@ -130,11 +131,21 @@ class _ParallelForward:
 
     def __getstate__(self) -> dict[str, Any]:
         learnt = ("controllers", "numbers")  # which belongs to a device and a process
-        return {name: value for name, value in self.__dict__.items() if name not in learnt}
+        return {name: value for name, value in self.__dict__.items() if name not in learnt} | {"_settled": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+    def _is_settled(self, input: Any) -> bool:
+        """Whether nothing but the ordinary way need be thought of: this costs the host next to nothing."""
+        if not self._settled or _kind_of(input) not in self._settled:
+            return False
+        every = self.options.probe_every
+        if every > 0 and (self._ordinary_calls + 1) % every == 0:
+            return False
+        self._ordinary_calls += 1
+        return True
 
     def _ordinary(self, *arguments: Any) -> Any:
         return type(self.module).forward(self.module, *arguments)
@@ -159,17 +170,20 @@ class _ParallelForward:
         return auto
 
     def _take_ordinary(self, x: Tensor, differentiated: bool = True) -> bool:
-        if not differentiated:
-            shape = shape_of(x)
-            return all(controller.ahead.is_ordinary(shape) for controller in self.controllers.values())
-        if not self._is_slower(x):
+        controllers, shape = self.controllers.values(), shape_of(x)
+        if differentiated:
+            ordinary = self._is_slower(x)
+        else:
+            ordinary = all(controller.ahead.is_ordinary(shape) for controller in controllers)
+        if not ordinary:
             return False
         self._ordinary_calls += 1
         every = self.options.probe_every
         if every == 0 or self._ordinary_calls % every != 0:
             return True
-        for controller in self.controllers.values():
-            controller.recheck = True  # now and then: is it still so?
+        for controller in controllers:  # now and then: is it still so?
+            controller.recheck = differentiated or controller.recheck
+            controller.ahead.recheck = True
         return False
 
     def _tell_once(self, key: str, message: str) -> None:
@@ -183,9 +197,14 @@ class ParallelForward(_ParallelForward):
 
     module: nn.RNNBase
 
-    @torch.compiler.disable
     def __call__(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         """The module's own forward: same arguments, same results."""
+        if not torch.compiler.is_compiling() and self._is_settled(input):
+            return self._ordinary(input, hx)
+        return self._run(input, hx)
+
+    @torch.compiler.disable
+    def _run(self, input: Tensor | PackedSequence, hx: Any) -> Any:
         return self.run(input, hx)
 
     def run(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
@@ -221,8 +240,11 @@ class ParallelForward(_ParallelForward):
             dtype = h_0.dtype  # there only its products are cast
         if dtype is not None:
             x, h_0, c_0 = x.to(dtype), h_0.to(dtype), None if c_0 is None else c_0.to(dtype)
-        if not torch.compiler.is_compiling() and self._take_ordinary(x, differentiated):
-            return self._ordinary(input, hx)
+        if not torch.compiler.is_compiling():
+            if self._take_ordinary(x, differentiated):
+                self._settled.add(_kind_of(input))
+                return self._ordinary(input, hx)
+            self._settled.discard(_kind_of(input))
 
         first_h, first_c = _split(h_0), [None] * len(self._parts) if c_0 is None else _split(c_0)
         last_h: list[Tensor] = []
@@ -283,9 +305,14 @@ class ParallelRecurrence(_ParallelForward):
 
     module: Recurrence
 
-    @torch.compiler.disable
     def __call__(self, input: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The module's own forward: same arguments, same results."""
+        if not torch.compiler.is_compiling() and self._is_settled(input):
+            return self._ordinary(input, h_0)
+        return self._run(input, h_0)
+
+    @torch.compiler.disable
+    def _run(self, input: Tensor, h_0: Tensor | None) -> tuple[Tensor, Tensor]:
         module = self.module
         weights = [weight for weight in module.parameters() if weight.requires_grad]
         differentiable = [input, *weights] if h_0 is None else [input, h_0, *weights]
@@ -303,7 +330,9 @@ class ParallelRecurrence(_ParallelForward):
         if batched and module.batch_first:
             x = x.transpose(0, 1)
         if self._take_ordinary(x):
+            self._settled.add(_kind_of(input))
             return self._ordinary(input, h_0)
+        self._settled.discard(_kind_of(input))
         if h_0 is None:
             h_0 = x.new_zeros(1, x.shape[1], module.hidden_size)
         elif not batched:
@@ -318,6 +347,14 @@ class TracedForward(ParallelForward):
     """The same for a compiler that was told to trace recurrent layers (``torch._dynamo.config.allow_rnn``)."""
 
     __call__ = ParallelForward.run
+
+
+def _kind_of(input: Any) -> tuple[Any, ...]:
+    """What decides which way is taken; of a packed sequence nothing."""
+    if not isinstance(input, Tensor):
+        return ()
+    device, graded = input.device, torch.is_grad_enabled()
+    return input.shape, input.dtype, device, graded, torch.is_autocast_enabled(device.type)
 
 
 def _rnn_forward() -> type[ParallelForward]:

@@ -64,6 +64,7 @@ def chains(kind: str, steps: int, batch: int, hidden: int, bias: bool):
     )
     first = torch.cat([h_0, c_0], dim=-1) if kind == "lstm" else h_0
     plain = CellStateChain(cell_of(kind), layer.from_input(), layer.weight_hh, layer.bias_hh, first)
+    plain.x, plain.initial, plain.weights = x, (h_0, layer.c_0), (*weights, None, None)[:4]
     return plain, KernelStateChain(kind, layer.to(torch.float32))
 
 
@@ -97,6 +98,18 @@ def test_walks_like_the_plain_function(kind, size, bias):
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_linearises_on_its_way_like_the_plain_function(kind):
+    steps, batch, hidden = 23, 2, 5
+    plain, kernel = chains(kind, steps, batch, hidden, True)
+    kernel.factors = torch.full((steps, batch, cell_of(kind).factors, hidden), torch.nan, device=DEVICE)
+    output = torch.empty(steps, batch, hidden, device=DEVICE)
+    kernel.walk(4, 23, into=output)
+    layer = Layer(plain.x, output.double(), *plain.initial, *plain.weights)
+    assert error(kernel.factors, cell_of(kind).linearise(layer)) < 1e-6
+
+
+@needs_kernels
 @pytest.mark.parametrize("kind", CELLS)
 def test_values_that_are_not_finite_like_the_plain_function(kind):
     plain, kernel = chains(kind, 9, 2, 5, True)
@@ -122,6 +135,9 @@ def test_a_layer_by_kernels_like_the_plain_one(kind):
         output, _ = module(x)
         assert error(output, twin(x.double())[0]) < 1e-5
     output.square().sum().backward()
+    twin(x.double())[0].square().sum().backward()
+    for ours, exact in zip(module.parameters(), twin.parameters(), strict=True):
+        assert error(ours.grad, exact.grad) < 2e-5
     assert records(module)["l0"].forward is not None
 
 
