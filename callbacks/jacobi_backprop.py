@@ -13,6 +13,7 @@ from torch import nn
 
 from lit_parallel.errors import UserError
 from lit_parallel.recurrent import BackwardRecord, RecurrentOptions, parallelize, records, restore
+from lit_parallel.recurrent.state import set_state, state_of
 
 # What is logged of a backward pass, by the names of a record's attributes.
 _OF_THIS_BATCH = {
@@ -26,6 +27,14 @@ _OF_THIS_BATCH = {
     "forward_ms": "forward_ms",
     "backward_ms": "backward_ms",
 }
+_OF_THE_FORWARD_PASS = {
+    "iterations": "forward_iterations",
+    "sweeps": "forward_sweeps",
+    "residual": "forward_residual",
+    "error": "forward_estimated_error",
+    "block": "forward_block",
+    "halo": "forward_halo",
+}
 _OF_THE_PROBE = {
     "probe_error": "probe_error",
     "probe_speedup": "backward_speedup",
@@ -36,6 +45,8 @@ _OF_THE_PROBE = {
 class JacobiBackprop(pl.Callback):
     """Swaps the backward pass of every recurrent layer for one that is parallel in time, for as long as training runs.
 
+    With ``forward=True`` the forward passes too, also those of validation meanwhile, where that is faster.
+
     Works on any LightningModule with ``nn.RNN``, ``nn.GRU``, ``nn.LSTM`` or
     :class:`~lit_parallel.networks.rnn.Recurrence` at any depth. Parameters, their names, checkpoints, validation and
     testing stay as they are, and so does the module once training has ended, by an exception too.
@@ -44,8 +55,9 @@ class JacobiBackprop(pl.Callback):
     ``<name>/parallel``, 1 or 0, whether this batch's backward pass was parallel; for each of its layers and directions
     (``<name>.l0``, ``<name>.l0_reverse``, of a cell of one's own ``<name>.cell``), if it was, ``iterations``,
     ``sweeps``, ``residual``, ``estimated_error`` (both only where a tolerance is checked), ``block``, ``halo``,
-    ``rank``, ``forward_ms``, ``backward_ms``; and of the newest comparison with the ordinary backward pass
-    ``probe_error``, ``backward_speedup``, ``step_speedup``.
+    ``rank``, ``forward_ms``, ``backward_ms``, if the forward pass was parallel ``forward_iterations``,
+    ``forward_sweeps``, ``forward_residual``, ``forward_estimated_error``, ``forward_block``, ``forward_halo``; and of
+    the newest comparison with the ordinary backward pass ``probe_error``, ``backward_speedup``, ``step_speedup``.
 
     Args:
         options: How the backward pass is solved.
@@ -61,6 +73,8 @@ class JacobiBackprop(pl.Callback):
         self._tallies: dict[str, dict[str, _Tally]] | None = None  # by module, then by layer; None: not training
         self._seen: dict[str, BackwardRecord] = {}
         self._batches = 0
+        self._trained: nn.Module | None = None
+        self._learnt: dict[str, Any] = {}
 
     def check(self, module: nn.Module) -> None:
         """Raise a `UserError` if there is nothing in a module that could be parallel."""
@@ -71,6 +85,17 @@ class JacobiBackprop(pl.Callback):
         # By now a weight average has its copy of the plain module, and torch.compile has not seen it yet.
         self._tallies = {name: {} for name in self._parallelize(pl_module)}
         self._seen, self._batches = {}, 0
+        self._trained = pl_module
+        set_state(pl_module, self._learnt)
+        self._learnt = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the layers have learnt, such as their halos: with it training goes on as if it had never stopped."""
+        return {} if self._trained is None else {"learnt": state_of(self._trained)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """For the training that starts next."""
+        self._learnt = state_dict["learnt"]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert self._tallies is not None
@@ -110,7 +135,7 @@ class JacobiBackprop(pl.Callback):
     def _undo(self, module: nn.Module) -> None:
         if self._tallies is not None:  # what somebody else has made parallel stays so
             restore(module)
-            self._tallies, self._seen = None, {}
+            self._tallies, self._seen, self._trained = None, {}, None
 
     def _values(self, new: Collection[str]) -> dict[str, float]:
         assert self._tallies is not None
@@ -118,8 +143,11 @@ class JacobiBackprop(pl.Callback):
         values = {f"jacobi_backprop/{name}/parallel": float(name in modules) for name in self._tallies}
         for name, record in self._seen.items():
             shown = _OF_THIS_BATCH | _OF_THE_PROBE if name in new else _OF_THE_PROBE
-            for attribute, metric in shown.items():
-                value = getattr(record, attribute)
+            found = [(metric, getattr(record, attribute)) for attribute, metric in shown.items()]
+            if name in new and record.forward is not None:
+                of_forward = _OF_THE_FORWARD_PASS.items()
+                found += [(metric, getattr(record.forward, attribute)) for attribute, metric in of_forward]
+            for metric, value in found:
                 if value is not None and math.isfinite(value):
                     values[f"jacobi_backprop/{name}/{metric}"] = float(value)
         return values
@@ -134,6 +162,8 @@ class JacobiBackprop(pl.Callback):
         )
         if tally.batches < self._batches:
             text += f" in {tally.batches} of {self._batches} batches, in the others the ordinary backward pass"
+        if newest.forward is not None:
+            text += f"; forward pass in {newest.forward.iterations} at last"
         if newest.probe_speedup is not None and newest.step_speedup is not None:
             text += (
                 f"; when compared, backward {newest.probe_speedup:.2f} and forward and backward "
