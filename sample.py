@@ -23,18 +23,20 @@ def sample(config: Any) -> Any:
     from pytorch_lightning.utilities import rank_zero_only
 
     from lit_parallel.checkpoint import load, saved_config
+    from lit_parallel.cli import says_when_interrupted
     from lit_parallel.config import to_container
     from lit_parallel.cublas import keep_sums_whole
     from lit_parallel.data.datasets import build_data
     from lit_parallel.errors import UserError
     from lit_parallel.modules.autoregressive import AutoregressiveModule
     from lit_parallel.report import print_table, write_results
-    from lit_parallel.runs import new_run_folder, newest_checkpoint, run_folder_of
+    from lit_parallel.runs import new_run_folder, newest_checkpoint, run_folder_of, short_path
     from lit_parallel.sampling.given import load_given
-    from lit_parallel.sampling.predict import PartWriter, SampleIndices, SamplingModule
+    from lit_parallel.sampling.predict import SampleIndices, SamplingModule, ShardWriter, fitting_into_memory
     from lit_parallel.sampling.sampler import What, check_sampler
+    from lit_parallel.sampling.shards import Shards, settings_of
     from lit_parallel.tracking import build_logger, finish, how_to_look, log_choice, log_sampling
-    from lit_parallel.trainer import build_trainer, check_sampling, check_trainer, lightning_refusals
+    from lit_parallel.trainer import build_trainer, check_sampling, check_trainer, ending_together, lightning_refusals
 
     keep_sums_whole()
     # Everything that can be wrong is tried before anything is written.
@@ -58,10 +60,13 @@ def sample(config: Any) -> Any:
     what = What(config.seed, config.sampling, load_given(config.inpaint, model.image_shape, test_images))
     check_sampler(model, config.solver, what)
     experiment = trained.experiment
-    folder = Path(config.output) if config.output else run_folder_of(checkpoint)
-    folder = folder or new_run_folder(config.runs_folder, experiment)
+    if config.output:
+        folder = kept = Path(config.output)  # what an earlier run has left there is completed
+    else:
+        folder = run_folder_of(checkpoint) or new_run_folder(config.runs_folder, experiment)
+        kept = new_run_folder(folder, "sampling")
 
-    writer = PartWriter(new_run_folder(folder, "sampling") / "parts")
+    writer = ShardWriter(kept / "shards")
     progress = [RichProgressBar(leave=False)] if config.trainer.enable_progress_bar is not False else []
     trainer = build_trainer(
         config.trainer,
@@ -70,20 +75,39 @@ def sample(config: Any) -> Any:
         use_distributed_sampler=False,  # it would deal out single samples, not whole batches
         enable_checkpointing=False,
     )
+    batch_size = min(config.batch_size, config.num_samples)
+    shards, missing = Shards(writer.shards.folder), []
+    if trainer.is_global_zero:
+        shards.open(
+            settings_of(
+                checkpoint,
+                what,
+                config.solver,
+                batch_size,
+                precision=str(trainer.precision),
+                device=trainer.strategy.root_device.type,
+            )
+        )
+        missing = shards.missing(config.num_samples, batch_size)
     container = to_container(config) | {"checkpoint": str(checkpoint)}  # which one the newest was
     logger = build_logger(config.wandb, folder, config=container, experiment=experiment, job_type="sample")
-    batch_size = min(config.batch_size, config.num_samples)
     try:
         module = SamplingModule(model, config.solver, batch_size, what)
-        with lightning_refusals():
-            trainer.predict(module, SampleIndices(config.num_samples, batch_size), return_predictions=False)
-        device = trainer.strategy.root_device
-        trainer.strategy.barrier("all parts are written")
-        if not trainer.is_global_zero:
-            return None
-        results = write_results(
-            config, model.to(device), what, writer.folder, folder, checkpoint, module.totals, module.choice
-        )
+        with (
+            lightning_refusals(),
+            says_when_interrupted(lambda: f"go on with: the same command and output={short_path(kept)}"),
+            ending_together(trainer),
+        ):
+            with fitting_into_memory(f"batch_size={batch_size}", "set a smaller batch_size"):
+                trainer.predict(module, SampleIndices(missing), return_predictions=False)
+            device = trainer.strategy.root_device
+            trainer.strategy.barrier("all shards are written")
+            if not trainer.is_global_zero:
+                return None
+            shards.close()
+            advice = "the images are kept; add compare.baselines=[] and compare.curves=false"
+            with fitting_into_memory("the comparison of solvers", advice):
+                results = write_results(config, model.to(device), what, shards, folder, checkpoint, module.choice)
         rows = [measurement.row() for measurement in results.measurements]
         log_sampling(
             logger, results.solution, results.images, rows, results.wall_clock_speedup, pictures=results.pictures

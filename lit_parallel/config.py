@@ -220,7 +220,10 @@ class SampleConfig:
     batch_size: int = option(64, "images per batch", minimum=1)
     seed: int = option(0, "seed of the noise; image i is the same for every solver", minimum=0, maximum=MAX_SEED)
     runs_folder: str = option("runs", "folder that holds the runs", non_empty=True)
-    output: str | None = option(None, "folder for the results (null: the folder of the checkpoint's run)")
+    output: str | None = option(
+        None, "folder for the results; one of an earlier run is completed (null: a new one in the checkpoint's run)"
+    )
+    png: bool = option(False, "write every image as a PNG as well")
     solver: SolverOptions = group(SolverOptions, "how the samples are drawn, and when to stop")
     sampling: SamplingOptions = group(SamplingOptions, "what is drawn: coupling, temperature, class, arithmetic")
     inpaint: InpaintOptions = group(InpaintOptions, "pixels that are given")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,17 +20,23 @@ from lit_parallel.environment import environment
 from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.pictures import Strip, iteration_map_figure, strip_iterations, strips_figure
 from lit_parallel.plots import Convergence, convergence_figure, save_figure, save_image_grid
-from lit_parallel.runs import short_path
+from lit_parallel.runs import short_path, written_whole
 from lit_parallel.sampling.auto import Choice
 from lit_parallel.sampling.compare import Measurement, Trace, compare, trace
-from lit_parallel.sampling.predict import read_parts
 from lit_parallel.sampling.sampler import Sampler, What, has_caches
-from lit_parallel.solution import Solution
+from lit_parallel.sampling.shards import Shards
+from lit_parallel.solution import Solution, Status
 from lit_parallel.solvers import SolverOptions
 from lit_parallel.solvers.options import CACHED_SEQUENTIAL
 
-GRID_IMAGES = 100
+GRID_IMAGES = 64
 """At most so many images are drawn in ``samples.png``."""
+
+_MOST_NAMED = 1000
+"""At most so many samples that were not solved are named in ``report.json``."""
+
+_MOST_SHOWN = 10
+"""At most so many samples that are not finite are named on the screen."""
 
 PICTURES = {
     "samples.png": "the samples",
@@ -44,9 +51,10 @@ class SamplingResults:
     """What a sampling run found.
 
     Attributes:
-        folder: The run folder, with ``report.json`` and the pictures.
-        images: 8-bit images ``[num_samples, channels, height, width]``.
-        solution: Of all samples.
+        folder: With ``report.json`` and the pictures.
+        images: The first 8-bit images ``[<= 64, channels, height, width]``; :attr:`shards` hold all.
+        solution: Of all samples, without value.
+        shards: All images, with the numbers of each.
         measurements: The solver and the baselines, on the first batch.
         report: What ``report.json`` holds.
         title: What the measurements were made on.
@@ -56,6 +64,7 @@ class SamplingResults:
     folder: Path
     images: torch.Tensor
     solution: Solution
+    shards: Shards
     measurements: list[Measurement]
     report: dict[str, Any]
     title: str
@@ -80,33 +89,32 @@ def write_results(
     config: SampleConfig,
     model: AutoregressiveModule,
     what: What,
-    parts: Path,
+    shards: Shards,
     folder: Path,
     checkpoint: Path,
-    totals: dict[str, Any],
     choice: Choice | None = None,
 ) -> SamplingResults:
-    """Join what the processes wrote, measure the baselines on the first batch, and write report and pictures.
+    """Read what the processes wrote, measure the baselines on the first batch, and write report and pictures.
 
-    They are kept in the parts' parent folder; the run folder itself always holds the newest.
+    They are kept in the shards' parent folder; the run folder, if that is another one, always holds the newest.
 
     Args:
         config: The resolved config.
         model: The model, on the device to measure on.
         what: What was sampled.
-        parts: The folder of the parts; removed at the end.
+        shards: All that was sampled.
         folder: The run folder.
         checkpoint: What the model was loaded from.
-        totals: Iterations and iteration speedup over all processes, reduced by their metrics.
         choice: What ``solver.name=auto`` chose.
     """
     solver = config.solver if choice is None else choice.solver
-    images, solution = read_parts(parts, config.num_samples)
+    images, solution = shards.read_first(GRID_IMAGES)
     batch_size = min(config.batch_size, config.num_samples)
     first_batch = list(range(batch_size))
-    kept = parts.parent
-    save_image_grid(images[:GRID_IMAGES], kept / "samples.png")
-    torch.save(images, kept / "images.pt")
+    kept = shards.folder.parent
+    save_image_grid(images, kept / "samples.png")
+    if config.png:
+        write_pngs(shards, kept / "png")
     cached = has_caches(model.sampling_system(1, incremental=True, options=what.options, given=what.given))
     baselines = [name for name in config.compare.baselines if name != CACHED_SEQUENTIAL or cached]
     # As a solver it is certified, as a baseline it is not.
@@ -127,7 +135,8 @@ def write_results(
         exact = first if first.certified.all() else Sampler(model, "sequential", batch_size, what).batch(first_batch)[1]
     pixel_map = measurements[0].pixel_map
     if pixel_map is not None and measurements[0].solution.all_solved:
-        figure = iteration_map_figure(images[:batch_size], pixel_map, exact.length, solver.name)
+        drawn = images[:batch_size]
+        figure = iteration_map_figure(drawn, pixel_map[: len(drawn)], exact.length, solver.name)
         save_figure(figure, kept / "iterations.png")
     if config.compare.curves:
         others = [name for name in config.compare.curves_of if name != solver.name]
@@ -154,22 +163,17 @@ def write_results(
         "certified": bool(solution.certified.all()),
         "solver": _solver_report(solver) if choice is None else choice.report(),
         "solution": solution.summary(),
-        "all_processes": totals if solution.all_solved and not solution.given else totals | {"iteration_speedup": None},
+        "not_solved": not_solved(solution),
         "comparison": {"what": title, "rows": [measurement.row() for measurement in measurements]},
-        "samples": per_sample(solution),
     }
     write_json(report, kept / "report.json")
-    for name in ("report.json", *PICTURES):
-        if (kept / name).is_file():
-            shutil.copyfile(kept / name, folder / name)
-        else:  # an older one would not belong to the new report
-            (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(parts)
-    notes = _notes(solution, short_path(folder), short_path(kept))
+    if folder != kept:
+        _copy(kept, folder)
+    notes = _notes(solution, short_path(folder), short_path(shards.folder), len(shards))
     if len(baselines) < len(config.compare.baselines):
         notes.insert(1, "not compared with cached sequential sampling: no evaluation of this model from caches here")
         notes.insert(2, "every iteration of every solver is one full pass of the network, whatever the work says")
-    return SamplingResults(folder, images, solution, measurements, report, title, notes)
+    return SamplingResults(folder, images, solution, shards, measurements, report, title, notes)
 
 
 def _solver_report(solver: SolverOptions) -> dict[str, Any]:
@@ -181,7 +185,16 @@ def _strip(each: Trace) -> Strip:
     return Strip(each.solver, iterations, each.frames[iterations])
 
 
-def _notes(solution: Solution, folder: Path, kept: Path) -> list[str]:
+def _copy(kept: Path, folder: Path) -> None:
+    """Copy report and pictures."""
+    for name in ("report.json", *PICTURES):
+        if (kept / name).is_file():
+            shutil.copyfile(kept / name, folder / name)
+        else:  # an older one would not belong to the new report
+            (folder / name).unlink(missing_ok=True)
+
+
+def _notes(solution: Solution, folder: Path, shards: Path, files: int) -> list[str]:
     summary = solution.summary()
     certified = int(solution.certified.sum())
     how = f"{certified} certified bit for bit by a full evaluation"
@@ -190,24 +203,43 @@ def _notes(solution: Solution, folder: Path, kept: Path) -> list[str]:
     lines = [f"{len(solution.status)} images sampled; {how}"]
     if not solution.all_solved:
         lines.append(f"NOT all were solved, and no speedup counts: {summary['status']}")
-    drawn = [(folder / name, about) for name, about in PICTURES.items() if (kept / name).is_file()]
+    if bad := not_solved(solution).get("non_finite"):
+        which = ", ".join(map(str, bad[:_MOST_SHOWN])) + (", ..." if len(bad) > _MOST_SHOWN else "")
+        number = summary["status"]["non_finite"]
+        lines.append(f"{number} of them are not finite ({which}): marked in the report, the index and the shards")
+    drawn = [(folder / name, about) for name, about in PICTURES.items() if (folder / name).is_file()]
     widest = max(len(str(path)) for path, _ in drawn)
     for number, (path, about) in enumerate(drawn):
         lines.append(f"{'look at:' if number == 0 else '':8}  {path!s:{widest}}  {about}")
     lines.append(f"numbers:  {folder / 'report.json'}")
-    lines.append(f"kept in:  {kept} (with the images as a tensor)")
+    lines.append(f"images:   {shards} (files: {files}, and index.json)")
     return lines
 
 
-def per_sample(solution: Solution) -> dict[str, list[Any]]:
-    """Status and counts of every sample."""
-    return {
-        "status": [status.name.lower() for status in solution.status],
-        "certified": solution.certified.tolist(),
-        "iterations": solution.iterations.tolist(),
-        "certificate_iterations": solution.certificate_iterations.tolist(),
-        "evaluations": solution.evaluations.tolist(),
-    }
+def not_solved(solution: Solution) -> dict[str, list[int]]:
+    """The samples that were not solved, by status; of each the first 1,000."""
+    failed: dict[str, list[int]] = {}
+    for index, status in enumerate(solution.status):
+        if status not in (Status.CONVERGED, Status.SETTLED):
+            failed.setdefault(status.name.lower(), []).append(index)
+    return {name: indices[:_MOST_NAMED] for name, indices in failed.items()}
+
+
+def write_pngs(shards: Shards, folder: Path) -> None:
+    """Write every image as a PNG named by its index; those that are there are left alone.
+
+    Raises:
+        UserError: If that is not possible.
+    """
+    folder.mkdir(exist_ok=True)
+    for first, images, _ in shards.read():
+        for index, image in enumerate(images, start=first):
+            path = folder / f"{index:08d}.png"
+            if path.exists():
+                continue
+            pixels = image.permute(1, 2, 0).numpy()
+            with written_whole(path) as incomplete:
+                Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(incomplete, format="PNG")
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
