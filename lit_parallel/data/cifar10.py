@@ -80,5 +80,9 @@ def _unpack(archive: Path, names: list[str]) -> None:
         except (KeyError, tarfile.TarError, EOFError, zlib.error) as error:
             raise damaged(archive, f"it cannot be unpacked ({one_line(error)})") from error
         incomplete = folder / f"{name}.incomplete"
-        incomplete.write_bytes(content)
-        incomplete.replace(folder / name)  # so that a file by this name is always whole
+        try:
+            incomplete.write_bytes(content)
+            incomplete.replace(folder / name)  # so that a file by this name is always whole
+        except OSError:
+            incomplete.unlink(missing_ok=True)
+            raise

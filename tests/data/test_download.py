@@ -1,9 +1,14 @@
-"""Downloads, with the network replaced below pooch."""
+"""Downloads, with the network replaced below pooch, or by a server on this machine."""
 
+import gc
 import gzip
 import hashlib
+import http.server
 import io
+import resource
+import signal
 import tarfile
+import threading
 
 import pooch
 import pytest
@@ -160,3 +165,76 @@ def test_cifar10_archive_put_there_by_hand_needs_no_network(network, archive, tm
 
 def test_cifar10_offline(network, tmp_path):
     assert f"'data_batch_1.bin' is not in '{tmp_path}' and cannot be downloaded" in error(build("cifar10", tmp_path))
+
+
+# -- a real transfer ---------------------------------------------------------------------------------------------------
+
+SIZE = 100_000  # bytes, of the file that the server says it sends
+
+
+unclosed = pytest.mark.filterwarnings("ignore:.*socket:ResourceWarning")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    sent = SIZE
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(SIZE))
+        self.end_headers()
+        self.wfile.write(bytes(self.sent))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Serves zeros by every name, as the files of MNIST."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, args=(0.01,)).start()
+        monkeypatch.setattr(mnist, "MIRRORS", (f"http://127.0.0.1:{listening.server_port}",))
+        for name in mnist.MD5:
+            monkeypatch.setitem(mnist.MD5, name, hashlib.md5(bytes(SIZE)).hexdigest())
+        yield
+        listening.shutdown()
+        gc.collect()  # requests leaves the socket of a broken transfer open
+
+
+@unclosed
+def test_a_transfer_that_breaks_off_leaves_nothing(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(Handler, "sent", SIZE // 2)
+    assert "cannot be downloaded (127.0.0.1: " in error(build("mnist", tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Handler, "sent", SIZE)
+    build("mnist", tmp_path).prepare_data()
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == dict.fromkeys(mnist.MD5, SIZE)
+
+
+@pytest.fixture
+def _full_disk():
+    """No file can become longer than half of what is sent."""
+    allowed, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, allowed[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@unclosed
+@pytest.mark.usefixtures("server", "_full_disk")
+def test_a_full_disk_is_told_and_left_as_it_was(tmp_path):
+    assert "cannot store train-images-idx3-ubyte.gz: [Errno 27] File too large" in error(build("mnist", tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_so_is_one_that_fills_up_while_files_are_unpacked(network, archive, monkeypatch, tmp_path):
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(archive)
+
+    def fill(path, content):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", fill)
+    assert "cannot store cifar-10-binary.tar.gz: [Errno 28] No space left" in error(build("cifar10", tmp_path))
+    assert list((tmp_path / cifar10.ARCHIVE_FOLDER).iterdir()) == []
