@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from lit_parallel.errors import UserError, did_you_mean, one_line
@@ -67,18 +67,25 @@ def _read_images(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
         picture = _picture(path, "L" if image_shape[0] == 1 else "RGB", image_shape)
         return torch.from_numpy(picture.reshape(1, *image_shape[1:], -1)).permute(0, 3, 1, 2).contiguous()
     try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    except (ValueError, TypeError, OSError, EOFError) as error:
-        raise UserError(f"inpaint.images: cannot read '{path}' ({one_line(error)}).") from error
+        # Mapped first: memory is taken for what is in the file, not for what its header promises.
+        return torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))
+    except Exception as error:  # on damaged bytes numpy raises almost anything
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"inpaint.images: cannot read '{path}' ({reason}).") from error
 
 
 def _picture(path: Path, mode: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     try:
         with Image.open(path) as picture:
-            pixels = np.array(picture.convert(mode))
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"'{path}' is not a picture that can be read ({one_line(error)}).") from error
-    if pixels.shape[:2] != tuple(image_shape[1:]):
-        wanted, found = (f"{shape[1]}x{shape[0]}" for shape in (image_shape[1:], pixels.shape))
-        raise UserError(f"the picture '{path}' is {found} pixels; the model's images are {wanted}: scale it first.")
-    return pixels
+            height, width = image_shape[1:]
+            if picture.size != (width, height):  # before memory is taken for them
+                raise UserError(
+                    f"the picture '{path}' is {picture.width}x{picture.height} pixels; the model's images are "
+                    f"{width}x{height}: scale it first."
+                )
+            return np.array(picture.convert(mode))
+    except UserError:
+        raise
+    except Exception as error:  # on damaged bytes Pillow raises almost anything
+        reason = one_line(error) or type(error).__name__
+        raise UserError(f"'{path}' is not a picture that can be read ({reason}).") from error

@@ -26,6 +26,8 @@ from lit_parallel.errors import UserError
 from lit_parallel.networks import densenet
 from lit_parallel.networks.densenet_weights import load_published
 from lit_parallel.published import convert
+from lit_parallel.sampling.given import load_given
+from lit_parallel.sampling.options import InpaintOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the readers, about what they read
 
@@ -96,6 +98,19 @@ def read_picture(path):
     return {"pixels": torch.from_numpy(np.array(read_image(path)))}
 
 
+GIVEN = (1, 6, 9)
+
+
+def read_given(path):
+    given = load_given(InpaintOptions(images=str(path)), GIVEN, None)
+    return {"images": given.images}
+
+
+def read_mask(path):
+    given = load_given(InpaintOptions(images="test", given=str(path)), GIVEN, torch.zeros(1, *GIVEN, dtype=torch.uint8))
+    return {"mask": given.mask}
+
+
 def read_config(path):
     return to_container(load_config(TrainConfig, path))
 
@@ -155,6 +170,12 @@ def subjects(tmp_path_factory):
     for kind in ("png", "jpeg", "bmp", "webp", "ppm", "tiff"):
         pixels.save(path, kind)
         found[kind] = Subject(path.read_bytes(), read_picture, name=f"a.{kind}")
+    np.save(folder / "given.npy", randomness.integers(256, size=(2, *GIVEN), dtype=np.uint8))
+    found["given images"] = Subject((folder / "given.npy").read_bytes(), read_given, name="a.npy")
+    small = Image.fromarray(randomness.integers(256, size=GIVEN[1:], dtype=np.uint8))
+    for kind, read in (("png", read_given), ("tiff", read_mask)):
+        small.save(path, kind)
+        found[f"given {kind}"] = Subject(path.read_bytes(), read, name=f"a.{kind}")
     save_config(load_config(TrainConfig), path)
     found["config"] = Subject(path.read_bytes(), read_config, name="a.yaml")
     return found

@@ -122,6 +122,15 @@ def test_arrays_that_do_not_fit(tmp_path, array, expected):
     assert expected in message(images=path)
 
 
+def test_a_size_in_a_header_takes_no_memory(tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, np.zeros((2, *GREY), np.uint8))
+    path.write_bytes(path.read_bytes().replace(b"(2, 1, 5, 7)", b"(2000000000000, 1, 5, 7)"))
+    assert "cannot read" in message(images=path)
+    Image.new("L", (9000, 9000)).save(tmp_path / "large.png")
+    assert "is 9000x9000 pixels; the model's images are 7x5" in message(images=tmp_path / "large.png")
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("executed",))
