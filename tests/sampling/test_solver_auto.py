@@ -253,6 +253,17 @@ def test_after_some_time_the_best_so_far_is_taken(model, clock, lines, seconds):
     assert [label for label, _ in clock.runs].count("jacobi") == 0
 
 
+def test_preparing_a_candidate_is_not_measuring_it(model, clock, monkeypatch):
+    class Slow(auto.Sampler):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            clock.now += 1e6
+
+    monkeypatch.setattr(auto, "Sampler", Slow)
+    _, rows = measured(model, clock, replace(AUTO, measure_seconds=1e4))
+    assert {candidate.outcome for candidate in rows.values()} == {"measured"}
+
+
 def test_quick_runs_are_repeated_and_the_fastest_counts(model, clock):
     clock.costs = dict.fromkeys((*WINDOWS, "cached_sequential"), 1.0)
     seconds = iter((0.25, 0.125, 0.25, 0.375, 0.25, 0.125))
