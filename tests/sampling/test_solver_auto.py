@@ -261,7 +261,7 @@ def test_preparing_a_candidate_is_not_measuring_it(model, clock, monkeypatch):
 
     monkeypatch.setattr(auto, "Sampler", Slow)
     _, rows = measured(model, clock, replace(AUTO, measure_seconds=1e4))
-    assert {candidate.outcome for candidate in rows.values()} == {"measured"}
+    assert not [candidate.outcome for candidate in rows.values() if "out of time" in candidate.outcome]
 
 
 def test_quick_runs_are_repeated_and_the_fastest_counts(model, clock):
