@@ -7,6 +7,7 @@ never wait for one another. The plain reference is :meth:`lit_parallel.recurrent
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -273,6 +274,11 @@ def _disagreement(arrived, left, energies, sums, blocks, B, S: tl.constexpr, SP:
     tl.atomic_max(sums + b * 3 + 2, tl.max(tl.where(squared > 0.0, squared / tl.maximum(size, 1e-30), 0.0), axis=0))
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 class LaunchedChain(Chain):
     """A chain whose blocks are walked by a kernel, and compared by another.
 
@@ -287,6 +293,22 @@ class LaunchedChain(Chain):
         if self.halo is not None:
             return self.halo
         return torch.full((1,), halo, dtype=torch.int32, device=self.last.device)
+
+    def block_of_full_rounds(self, halo: int, rows: int, programs: int) -> int:
+        """The block for which the fewest steps are walked one after another.
+
+        A step takes as long for one program as for all that the device holds at once, so that the last of several
+        rounds should be full.
+
+        Args:
+            halo: That each block walks as well.
+            rows: Per program.
+            programs: That a multiprocessor holds.
+        """
+        at_once = rows * programs * _multiprocessors(self.last.device)
+        blocks = (max(4, -(-self.length * self.batch // (rounds * at_once))) for rounds in range(1, 9))
+        steps = {block: (block + halo) * rounds for rounds, block in reversed(list(enumerate(blocks, 1)))}
+        return min(min(steps, key=lambda block: steps[block]), self.length)
 
     def border_sums(self, walk: Walk) -> Tensor:
         """Per sequence: squares of residuals and of the solution, and the largest relative residual, ``[batch, 3]``."""

@@ -7,8 +7,6 @@ sequence, as in the plain reference, :class:`lit_parallel.recurrent.forward_pass
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,9 @@ from lit_parallel.recurrent.cells import Layer, cell_of
 from lit_parallel.recurrent.chain import Walk, blocks_of
 from lit_parallel.recurrent.forward_pass import StateChain
 
+#: Rows per program, warps, rows of a streamed matrix per piece, pieces on their way at once; and how many such programs
+#: a multiprocessor holds.
+_LAUNCHES = {"resident": (16, 8, 16, 1, 1), "gru": (16, 8, 32, 3, 1), "lstm": (16, 8, 32, 2, 1)}
 _MAX_GATES = 1024  # rows of a weight whose product with a program's states fits into its registers
 
 
@@ -280,11 +281,7 @@ class KernelStateChain(LaunchedChain, StateChain):
             self.halves, self.scale = halves_of(self.weight)
 
     def preferred_block(self, halo: int) -> int:
-        """As many programs as multiprocessors, or that twice, ...: a step takes as long for one as for all of them."""
-        at_once = self._launch()[0] * _multiprocessors(self.last.device)
-        blocks = (-(-self.length * self.batch // (rounds * at_once)) for rounds in range(1, 9))
-        costs = {max(4, block): (max(4, block) + halo) * rounds for rounds, block in enumerate(blocks, 1)}
-        return min(min(costs, key=lambda block: costs[block]), self.length)
+        return self.block_of_full_rounds(halo, self._launch()[0], self._launch()[4])
 
     def walk(
         self, block: int, halo: int = 0, start: Tensor | None = None, *, source: bool = True, into: Tensor | None = None
@@ -294,7 +291,7 @@ class KernelStateChain(LaunchedChain, StateChain):
         arrived, left = self.last.new_empty(2, *shape, self.state_size).unbind()
         energy = self.last.new_empty(shape)
         rows = blocks * self.batch
-        per_program, warps, depth, stages = self._launch()
+        per_program, warps, depth, stages, _ = self._launch()
         full = self.precision == "full"
         aside = self.last if self.resident else self.halves.new_empty(1 + full, rows, self.hidden)
         _walk[(triton.cdiv(rows, per_program),)](
@@ -341,19 +338,13 @@ class KernelStateChain(LaunchedChain, StateChain):
             return "bf16"
         return "ieee" if self.careful else "bf16x6"
 
-    def _launch(self) -> tuple[int, int, int, int]:
-        """Rows per program, warps, rows of a streamed matrix per piece, pieces on their way at once."""
+    def _launch(self) -> tuple[int, int, int, int, int]:
+        """What an H100 was fastest with: see :data:`_LAUNCHES`."""
+        if self.gates > 1:
+            return _LAUNCHES[self.kind] if self.hidden <= 128 else (16, 8, 16, 2, 1)
         if self.resident:
-            return 16, 8, 16, 1
-        if self.gates == 1:
-            return 16, 4, max(16, 32 * 128 // max(128, triton.next_power_of_2(self.hidden))), 4
-        depth = 32 if self.hidden <= 128 else 16
-        return 16, 8 if self.hidden > 64 else 4, depth, 2 if self.gates == 4 else 3
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+            return _LAUNCHES["resident"]
+        return 16, 4, max(16, 32 * 128 // max(128, triton.next_power_of_2(self.hidden))), 4, 2
 
 
 def supports(layer: Layer) -> bool:

@@ -46,6 +46,8 @@ class CapturedPass:
             moves: As far as an earlier graph has seen them.
         """
         self.block, self._key = block, (block, careful, task.variant())
+        #: Whether it reads or writes the factors of the adjoint, too.
+        self.linearises = task.factors is not None
         of_read, of_written = moves or (None, None)
         self._read, self._written = _Places(task.tensors(), of_read), _Places(given(results), of_written)
         self._device = task.input.device

@@ -13,6 +13,7 @@ from lit_parallel.errors import UserError
 from lit_parallel.recurrent.chain import Chain
 from lit_parallel.recurrent.comparison import median_seconds_of
 from lit_parallel.recurrent.forward_pass import ForwardPass, StateChain, measure_state_gain
+from lit_parallel.recurrent.layers import Task
 from lit_parallel.recurrent.options import RecurrentOptions
 from lit_parallel.recurrent.solve import Gain, Outcome, Plan
 from lit_parallel.recurrent.stopwatch import seconds_of
@@ -145,6 +146,12 @@ class ForwardController(Tuner):
                 plan.block, tuned.captured = len(task.input), None  # until it is tried again
             return None
         return output, h[None], None if c is None else c[None]
+
+    def _replay(self, tuned: _Tuned, task: Task) -> tuple[Tensor | None, ...] | None:
+        graph = tuned.captured
+        if graph is not None and isinstance(task, ForwardPass) and graph.linearises and task.factors is None:
+            return None  # an evaluation between training steps: their graph stays
+        return super()._replay(tuned, task)
 
     def _choose(self, tuned: _Tuned, task: ForwardPass) -> None:
         """See how far the layer remembers and, with ``auto``, which way is faster."""

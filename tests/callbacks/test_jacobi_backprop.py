@@ -324,6 +324,26 @@ def test_what_is_logged(said):
     assert f"parallel iterations for {LENGTH} steps on average; when compared, backward " in line
 
 
+def test_what_is_logged_of_a_parallel_forward_pass(said):
+    memory, model = Memory(), Reader("rnn")
+    callback = JacobiBackprop(solver="jacobi_gs", forward=True, block_size=6, tolerance=1e-3, probe_every=0)
+    fit(model, callback, logger=memory, log_every_n_steps=3, loaders=[data(), data()])
+    steps = [values for values in memory.steps.values() if any("jacobi" in name for name in values)]
+    assert len(steps) == 4
+    for values in steps:
+        layer = {name.rpartition("/")[2]: value for name, value in values.items() if ".l0/forward_" in name}
+        assert layer["forward_block"] == 6
+        assert layer["forward_iterations"] >= 6 + layer["forward_halo"]
+        assert layer["forward_sweeps"] >= 1
+        assert 0 <= layer["forward_residual"] <= layer["forward_estimated_error"] <= 1e-3
+    (line,) = said()
+    assert "; forward pass in " in line
+
+
+def test_the_loss_curve_is_the_same_with_a_parallel_forward_pass():
+    check_close(both("rnn", {"forward": True, "tolerance": 1e-6, "block_size": 2}))
+
+
 def test_the_mean_of_the_iterations_is_told(said, monkeypatch):
     taken = []
     original = JacobiBackprop.on_train_batch_end

@@ -143,6 +143,16 @@ def test_interpreted_forward_passes(captures):
         kept.append((found, {name: value.clone() for name, value in found.items()}))  # the next lie elsewhere
     assert len(captures) >= 3
     assert captures[-1]._written.copied > 0
+    for i in range(8):  # training with an evaluation after each step: of the forward passes, training's are captured
+        x = torch.randn(60, 2, 3)
+        expected = gradients_by_name(twin, x.double())
+        assert largest_error(gradients_by_name(module, x), expected) < 1e-5
+        before = len(captures)
+        with torch.no_grad():
+            assert largest_error({"output": module(x)[0]}, {"output": twin(x.double())[0]}) < 2e-6
+        assert i == 0 or len(captures) == before
+    (tuned,) = module.forward.controllers["l0"].ahead._tuned.values()
+    assert tuned.captured.linearises
     for found, copies in kept:
         assert all(torch.equal(found[name], copies[name]) for name in copies)
 
