@@ -3,7 +3,11 @@
 import copy
 import logging
 import math
+import pickle
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -312,6 +316,32 @@ def test_numbers_are_means_over_images(monkeypatch):
     assert len(probes) == 3
     assert values["/relative_logit_error"] == max(record.relative_logit_error for record in probes)
     assert values["/wall_clock_speedup"] == sorted(record.speedup for record in probes)[1]
+
+
+def test_numbers_of_several_processes_are_those_of_all(monkeypatch):
+    shown = []
+
+    def gather(found, mine):  # the other process needs one iteration more for every image, and errs more
+        theirs = pickle.loads(pickle.dumps(mine))
+        for tally in theirs.values():
+            tally["iterations"] = {block: [n + 1 for n in numbers] for block, numbers in tally["iterations"].items()}
+            tally["probes"] = [replace(probe, relative_logit_error=0.5) for probe in tally["probes"]]
+            tally["ways"] = Counter(ordinary=3)
+        shown.append(copy.deepcopy(mine["inner.net"]))
+        found[:] = [mine, theirs]
+
+    both = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=gather)
+    monkeypatch.setattr("callbacks.jacobi_evaluation.distributed", both)
+    memory = Memory()
+    trainer_of(JacobiEvaluation(solver="jacobi", tolerance=0.3, probe_every=2), logger=memory).test(
+        Classifier(), data(), verbose=False
+    )
+    (values,) = of(memory, "test").values()
+    mine = torch.cat(shown[0]["iterations"]["features.denseblock1"]).double()
+    assert values[".features.denseblock1/iterations_mean"] == pytest.approx(float(mine.mean()) + 0.5)
+    assert values[".features.denseblock1/iterations_max"] == float(mine.max()) + 1
+    assert values["/relative_logit_error"] == 0.5
+    assert values["/plain"] == 5 / 8
 
 
 def test_without_probes_nothing_is_compared(said):
