@@ -30,7 +30,7 @@ from lit_parallel.plots import save_image_grid
 from lit_parallel.report import environment, write_json
 from lit_parallel.sampling.compare import compare
 from lit_parallel.sampling.options import COUPLINGS, PRECISIONS, SamplingOptions
-from lit_parallel.sampling.sampler import Sampler, What
+from lit_parallel.sampling.sampler import Sampler, What, has_caches
 from lit_parallel.solution import Solution
 from lit_parallel.solvers import SolverOptions
 from lit_parallel.solvers.options import CACHED_SEQUENTIAL
@@ -59,7 +59,7 @@ def measure(
     """One coupling in one precision by all solvers."""
     what = What(args.seed, SamplingOptions(coupling=coupling, precision=precision))
     chosen = solvers(args, model.image_shape[2])
-    if not model.incremental:  # such as on a GPU
+    if not has_caches(model.sampling_system(1, incremental=True, options=what.options)):
         del chosen[CACHED]
     first = coupling == args.couplings[0] and precision == "full"
     if not first and args.brief:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lit_parallel.kernels import interpreted, triton_runs_on
+from lit_parallel.kernels import overlap, triton_runs_on
 from lit_parallel.tf32 import convolutions_may_use_tf32
 
 if TYPE_CHECKING:
@@ -62,18 +62,6 @@ def rounded(weight: Tensor, product: str) -> Tensor:
     if product != "tf32":
         return weight
     return ((weight.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-
-
-#: Programs of a launch that may start, and load weights, before the launch before it has ended (from Hopper on). It
-#: saves two microseconds a launch; wide ones, whose programs would be in the way, are slower by it.
-MOST_OVERLAPPING = 264
-
-
-def overlap(device: torch.device, programs: int) -> dict[str, bool]:
-    """What a launch of so many programs is told."""
-    if interpreted() or programs > MOST_OVERLAPPING or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
 
 
 def _is_for_kernels(x: Tensor) -> bool:

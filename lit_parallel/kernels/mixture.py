@@ -21,8 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lit_parallel.conditionals import Conditional, DiscretizedLogisticMixture
-from lit_parallel.kernels import triton_runs_on
-from lit_parallel.kernels.dense_block import overlap
+from lit_parallel.kernels import overlap, triton_runs_on
 from lit_parallel.kernels.windows import Windows
 
 COUPLINGS = ("gumbel", "inverse_cdf", "mixture_8bit")

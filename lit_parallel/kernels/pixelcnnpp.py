@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lit_parallel.kernels import interpreted, triton_runs_on
+from lit_parallel.kernels import interpreted, overlap, triton_runs_on
 
 CHUNK = 32
 """Features are padded to multiples of this; the sums of a product advance by it."""
@@ -588,8 +588,6 @@ def run(table: Table, workspace: Workspace, jobs: Sequence[int], tile: Tile | No
     counts = [tile.programs(*size) for size in sizes]
     if not interpreted():
         tile = tile.fitting(any(job.kind == Kind.GATED for job in chosen), shared_memory(device))
-    overlaps = not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
-    more = {"launch_pdl": True, "num_warps": tile.warps} if overlaps else {"num_warps": tile.warps}
     _launch[(sum(counts),)](
         workspace.arena,
         workspace.active,
@@ -617,9 +615,9 @@ def run(table: Table, workspace: Workspace, jobs: Sequence[int], tile: Tile | No
         len(_FIELDS),
         tile.stages,
         "ieee" if interpreted() else PRODUCT,
-        overlaps,
-        all(job.kind != Kind.IMAGE for job in chosen),
-        **more,
+        EARLY=all(job.kind != Kind.IMAGE for job in chosen),
+        num_warps=tile.warps,
+        **overlap(device, 0),  # wide launches, too
     )
 
 

@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lit_parallel.kernels import triton_runs_on
-from lit_parallel.kernels.dense_block import overlap
+from lit_parallel.kernels import overlap, triton_runs_on
 from lit_parallel.networks.pixelcnnpp import STRIDE
 from lit_parallel.systems import FusedBooks
 
