@@ -7,7 +7,8 @@ be named, with overrides; without, it is the adding problem of ``configs/rnn_add
 
 Two float32 trainings drift apart by rounding alone, faster the longer they last; how fast is measured as well, by a
 third training with the ordinary backward pass whose first weights are wrong in the last bit. Times are wall-clock per
-training step, with the device synchronised after each, the first steps (compilation, tuning) apart.
+training step, with the device synchronised after each, the first steps (compilation, tuning) apart. The iterations that
+each layer takes, backward and with ``forward=true`` forward, tell how its memory grows while it learns.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ _ORDINARY, _PARALLEL, _NUDGED = "ordinary", "parallel", "ordinary, last bit chan
 
 
 class Recorder(pl.Callback):
-    """Keeps the loss of every step, when it was done, and in how many steps each layer was solved by what."""
+    """Keeps the loss of every step, when it was done, what solved each layer, and in how many iterations."""
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []
         self.times: list[float] = []
         self.solved_by: dict[str, dict[str, int]] = {}
+        self.iterations: dict[str, dict[str, list[int | None]]] = {}
         self._newest: dict[str, BackwardRecord] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -65,6 +67,10 @@ class Recorder(pl.Callback):
             solver = _ORDINARY if record is before.get(name) else record.solver
             steps = self.solved_by.setdefault(name, {})
             steps[solver] = steps.get(solver, 0) + 1
+            taken = self.iterations.setdefault(name, {"backward": [], "forward": []})
+            taken["backward"].append(None if solver == _ORDINARY else record.iterations)
+            forward = None if solver == _ORDINARY else record.forward
+            taken["forward"].append(None if forward is None else forward.iterations)
 
 
 def run(config: TrainConfig, how: str) -> dict[str, Any]:
@@ -95,7 +101,15 @@ def run(config: TrainConfig, how: str) -> dict[str, Any]:
         "seconds": sum(seconds),
         "seconds_of_first_steps": sum(seconds[:_SETTLING]),
         "solved_by": recorder.solved_by,
+        "iterations": recorder.iterations,
     }
+
+
+def shown_iterations(taken: list[int | None], parts: int = 6) -> str:
+    """Iterations at the beginning, in between and at the end; a dash for the ordinary way."""
+    last = len(taken) - 1
+    at = sorted({round(part * last / (parts - 1)) for part in range(parts)})
+    return ", ".join(f"{'-' if taken[i] is None else taken[i]} (step {i + 1})" for i in at)
 
 
 def deviation(losses: list[float], reference: list[float]) -> list[float]:
@@ -165,6 +179,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"{each['how']}: {each['ms_per_step']:.2f} ms per step, {each['seconds']:.2f} s in all, last loss "
             f"{each['loss'][-1]:.6f} {each['solved_by'] or ''}"
         )
+    for name, taken in parallel["iterations"].items():
+        for phase in ("forward", "backward"):
+            print(f"{name}, {phase} iterations: {shown_iterations(taken[phase])}")
     print(
         f"step {report['step_speedup']:.2f}x, in all {report['speedup_of_all']:.2f}x; largest relative deviation of "
         f"the loss {report['largest_relative_deviation']:.1e} (by a change of the last bit: "

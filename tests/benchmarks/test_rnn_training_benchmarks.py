@@ -75,6 +75,8 @@ def test_trainings_are_compared(tmp_path, capsys):
     assert ordinary["loss"][0] != pytest.approx(nudged["loss"][0], rel=1e-9, abs=0)
     assert ordinary["solved_by"] == {}
     assert parallel["solved_by"] == {"network.recurrence.l0": {"two_level": 12}}
+    assert parallel["iterations"]["network.recurrence.l0"]["forward"] == [None] * 12
+    assert all(taken > 0 for taken in parallel["iterations"]["network.recurrence.l0"]["backward"])
     assert report["step_speedup"] == pytest.approx(ordinary["ms_per_step"] / parallel["ms_per_step"])
     assert json.loads(output.read_text())["largest_relative_deviation"] == report["largest_relative_deviation"]
     assert output.with_suffix(".png").stat().st_size > 10_000
@@ -94,6 +96,10 @@ def test_a_wrong_gradient_is_seen():
     truncated = ["callbacks.jacobi_backprop.solver=jacobi", "callbacks.jacobi_backprop.iterations=2"]
     report = rnn_training.main([*SHORT, "--override", *TINY, *truncated])
     assert report["largest_relative_deviation"] > 100 * report["largest_relative_deviation_by_the_last_bit"]
+
+
+def test_iterations_are_shown_from_beginning_to_end():
+    assert rnn_training.shown_iterations([5, 6, None, 8], 3) == "5 (step 1), - (step 3), 8 (step 4)"
 
 
 def test_a_deviation_is_relative():
