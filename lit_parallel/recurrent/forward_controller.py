@@ -21,7 +21,7 @@ from lit_parallel.recurrent.tuning import WARM, Shape, Tuner, _Tuned, shape_of
 
 logger = logging.getLogger(__name__)
 
-WORTH_IT = 1.05  # times faster than the ordinary way, or auto takes that
+_WORTH_IT = 1.2  # times as fast as the ordinary way, or auto takes that: while it is checked, the host can do nothing
 _SOLVER = "jacobi_gs"
 _LONGEST_WALK = 0.25  # of the sequence, step by step: beyond it, PyTorch's own way is faster
 
@@ -62,6 +62,8 @@ class ForwardController(Tuner):
         #: Set to let the next pass look again at what is faster.
         self.recheck = False
         self._newest: Outcome | None = None
+        self._shape: Shape | None = None  # of the newest pass
+        self._told: dict[Shape | None, str] = {}
 
     @property
     def record(self) -> ForwardRecord | None:
@@ -117,8 +119,9 @@ class ForwardController(Tuner):
         shape = shape_of(task.input)
         tuned = self._find(shape) or self._tuned.setdefault(shape, _Tuned(_SOLVER))
         tuned.calls += 1
-        new = tuned.calls == 1 and math.isnan(tuned.ordinary_seconds)
-        every = self.options.probe_every
+        self._shape, every = shape, self.options.probe_every
+        untried = self.options.solver == "auto" and not _is_ordinary(tuned, shape[0])  # such as after a bad batch
+        new = math.isnan(tuned.ordinary_seconds) and (tuned.calls == 1 or untried)
         again = self.recheck or (every > 0 and tuned.calls % every == 0)
         self.recheck = False
         if new or (again and _is_ordinary(tuned, shape[0])):
@@ -142,7 +145,8 @@ class ForwardController(Tuner):
         assert h is not None
         if outcome.sequential:
             if math.isfinite(outcome.residual) and plan.block < len(task.input):
-                self._say(f"blocks still disagree after {outcome.sweeps} sweeps (residual {outcome.residual:.0e})")
+                why = f"blocks still disagree after {outcome.sweeps} sweeps (residual {outcome.residual:.0e})"
+                self._say("ordinary forward pass", why)
                 plan.block, tuned.captured = len(task.input), None  # until it is tried again
             return None
         return output, h[None], None if c is None else c[None]
@@ -176,12 +180,15 @@ class ForwardController(Tuner):
                 tuned.iterations_at_probe = tuned.outcome.iterations
         times = f"{1000 * tuned.parallel_seconds:.2f} ms against {1000 * tuned.ordinary_seconds:.2f} ms"
         if _is_ordinary(tuned, len(task.input)):
-            self._say(f"it is as fast or faster ({times})")
+            self._say("ordinary forward pass", f"it is as fast or faster ({times})")
         else:
-            logger.info("%s: forward pass in parallel (%s).", self.name, times)
+            self._say("parallel forward pass", times)
 
-    def _say(self, why: str) -> None:
-        logger.info("%s: ordinary forward pass: %s.", self.name, why)
+    def _say(self, what: str, why: str) -> None:
+        """Tell what is done from now on for such inputs."""
+        if self._told.get(self._shape) != what:
+            self._told[self._shape] = what
+            logger.info("%s: %s: %s.", self.name, what, why)
 
     def _measure_gain(self, chain: Chain, plan: Plan) -> Gain:
         assert isinstance(chain, StateChain)
@@ -197,7 +204,8 @@ class ForwardController(Tuner):
     def _first_halo(self, plan: Plan, gain: Gain, chain: Chain) -> None:
         super()._first_halo(plan, gain, chain)
         if plan.block >= chain.length > 1:
-            self._say(f"after a step {gain.per_step:.3f} of an error is left, so that a halo would be too long")
+            why = f"after a step {gain.per_step:.3f} of an error is left, so that a halo would be too long"
+            self._say("ordinary forward pass", why)
         elif self.options.solver == "auto":
             plan.sweeps = max(2, 1 + int(_LONGEST_WALK * chain.length - plan.halo) // plan.block)
 
@@ -206,4 +214,4 @@ def _is_ordinary(tuned: _Tuned, length: int) -> bool:
     plan = tuned.plans.get(_SOLVER)
     if plan is not None and plan.block >= length:
         return True
-    return WORTH_IT * tuned.parallel_seconds > tuned.ordinary_seconds  # NaN if not measured
+    return _WORTH_IT * tuned.parallel_seconds > tuned.ordinary_seconds  # NaN if not measured

@@ -232,8 +232,7 @@ def test_auto_takes_what_is_faster_and_looks_again(monkeypatch, caplog):
     assert seen == [False] * 20 + [True] * 4
     assert [entry.message for entry in caplog.records] == [
         "l0: ordinary forward pass: it is as fast or faster (2000.00 ms against 1000.00 ms).",
-        "l0: ordinary forward pass: it is as fast or faster (2000.00 ms against 1000.00 ms).",
-        "l0: forward pass in parallel (500.00 ms against 1000.00 ms).",
+        "l0: parallel forward pass: 500.00 ms against 1000.00 ms.",
     ]
 
 
