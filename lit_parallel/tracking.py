@@ -172,7 +172,7 @@ def log_sampling(
     iterations = solution.iterations.cpu().numpy()
     run.log({"solver/iterations": wandb.Histogram(np_histogram=np.histogram(iterations, bins=_bins(iterations)))})
     shown = images[:_SHOWN_SAMPLES]
-    log_images(logger, "samples", shown, caption=f"{len(shown)} of {len(images)} samples, {solution.solver}")
+    log_images(logger, "samples", shown, caption=f"{len(shown)} of {len(solution.status)} samples, {solution.solver}")
     for name, path in (pictures or {}).items():
         run.log({name: wandb.Image(str(path))})
     if rows:
