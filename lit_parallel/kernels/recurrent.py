@@ -21,6 +21,7 @@ from lit_parallel.kernels.recurrent_factors import linearise
 from lit_parallel.recurrent.cells import Cell, Layer, cell_of
 from lit_parallel.recurrent.chain import Chain, Disagreement, Walk, blocks_of
 
+_MOST_ROUNDS, _SHORTEST_BLOCK = 8, 4
 MAX_RESIDENT = 128  # hidden units whose matrix stays on the chip
 KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 
@@ -275,7 +276,8 @@ def _disagreement(arrived, left, energies, sums, blocks, B, S: tl.constexpr, SP:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a device, on which programs run side by side."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -305,10 +307,13 @@ class LaunchedChain(Chain):
             rows: Per program.
             programs: That a multiprocessor holds.
         """
-        at_once = rows * programs * _multiprocessors(self.last.device)
-        blocks = (max(4, -(-self.length * self.batch // (rounds * at_once))) for rounds in range(1, 9))
-        steps = {block: (block + halo) * rounds for rounds, block in reversed(list(enumerate(blocks, 1)))}
-        return min(min(steps, key=lambda block: steps[block]), self.length)
+        at_once = rows * programs * multiprocessors(self.last.device)
+        best = -(-self.batch // at_once) * self.length, self.length  # steps, and the block: of one, without a halo
+        for rounds in range(1, _MOST_ROUNDS + 1):
+            if of_each := rounds * at_once // self.batch:  # blocks of every sequence
+                block = min(max(_SHORTEST_BLOCK, -(-self.length // of_each)), self.length)
+                best = min(best, (rounds * (block + halo), block))
+        return best[1]
 
     def border_sums(self, walk: Walk) -> Tensor:
         """Per sequence: squares of residuals and of the solution, and the largest relative residual, ``[batch, 3]``."""
@@ -412,6 +417,10 @@ class KernelChain(LaunchedChain):
             num_warps=warps,
         )
         return Walk(arrived, left, energy)
+
+    def preferred_block(self, halo: int) -> int:
+        # Of a matrix on the chip, registers and shared memory leave room for one program.
+        return self.block_of_full_rounds(halo, self._launch(1)[0], 1) if self.resident else super().preferred_block(halo)
 
     def preferred_coarse_block(self) -> int:
         # A step takes long, however few blocks walk it.
