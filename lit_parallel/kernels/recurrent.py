@@ -419,8 +419,9 @@ class KernelChain(LaunchedChain):
         return Walk(arrived, left, energy)
 
     def preferred_block(self, halo: int) -> int:
-        # Of a matrix on the chip, registers and shared memory leave room for one program.
-        return self.block_of_full_rounds(halo, self._launch(1)[0], 1) if self.resident else super().preferred_block(halo)
+        if not self.resident:
+            return super().preferred_block(halo)
+        return self.block_of_full_rounds(halo, self._launch(1)[0], 1)  # there is no room for a second matrix
 
     def preferred_coarse_block(self) -> int:
         # A step takes long, however few blocks walk it.

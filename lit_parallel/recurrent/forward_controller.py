@@ -146,9 +146,10 @@ class ForwardController(Tuner):
         if outcome.sequential:
             if math.isfinite(outcome.residual) and plan.block < len(task.input):
                 why = f"blocks still disagree after {outcome.sweeps} sweeps (residual {outcome.residual:.0e})"
-                self._say("ordinary forward pass", why)
-                plan.block, tuned.captured = len(task.input), None  # until it is tried again
+                self._give_up(tuned, len(task.input), why)
             return None
+        if plan.halo > len(task.input) // 2:
+            self._give_up(tuned, len(task.input), f"more than half of {len(task.input)} steps would be halo")
         return output, h[None], None if c is None else c[None]
 
     def _replay(self, tuned: _Tuned, task: Task) -> tuple[Tensor | None, ...] | None:
@@ -183,6 +184,11 @@ class ForwardController(Tuner):
             self._say("ordinary forward pass", f"it is as fast or faster ({times})")
         else:
             self._say("parallel forward pass", times)
+
+    def _give_up(self, tuned: _Tuned, length: int, why: str) -> None:
+        """From the next pass on, until it is tried again."""
+        tuned.plans[_SOLVER].block, tuned.captured = length, None
+        self._say("ordinary forward pass", why)
 
     def _say(self, what: str, why: str) -> None:
         """Tell what is done from now on for such inputs."""

@@ -125,7 +125,7 @@ def test_values_that_are_not_finite_like_the_plain_function(kind):
 @pytest.mark.parametrize("kind", CELLS)
 def test_a_layer_by_kernels_like_the_plain_one(kind):
     module = built(kind, 6)
-    x = torch.randn(40, 2, 3, device=DEVICE)
+    x = torch.randn(80, 2, 3, device=DEVICE)
     twin = built(kind, 6).double()
     twin.load_state_dict(module.state_dict())
     parallelize(module, solver="jacobi_gs", forward=True, block_size=4, tolerance=1e-5)
