@@ -317,13 +317,13 @@ def _print_group(console: Console, key: str, member: Any) -> None:
     for name, spec in rows:
         full_key = name if key == _TOP else join_key(key, name)
         default = getattr(member, name)
-        text = f"{spec.help} [{_describe(hints[name], spec, default)}]"
-        table.add_row(f"  {full_key}", _format_default(default), text)
+        text = f"{spec.help} [{describe_option(hints[name], spec, default)}]"
+        table.add_row(f"  {full_key}", format_default(default), text)
     console.print(table)
     console.print()
 
 
-def _describe(hint: Any, spec: Option, default: Any) -> str:
+def describe_option(hint: Any, spec: Option, default: Any) -> str:
     """Put an option's type, or its choices, and its range into words."""
     if spec.choices:
         words = " | ".join(spec.choices)
@@ -334,7 +334,7 @@ def _describe(hint: Any, spec: Option, default: Any) -> str:
     return f"{words} {spec.limits}".rstrip()
 
 
-def _format_default(value: Any) -> str:
+def format_default(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(map(_format_default, value))}]"
+        return f"[{', '.join(map(format_default, value))}]"
     return value if isinstance(value, str) else json.dumps(value)
