@@ -21,7 +21,7 @@ from wandb.sdk.lib import wbauth
 from lit_parallel.config import WandbOptions
 from lit_parallel.errors import UserError, one_line
 from lit_parallel.plots import image_grid
-from lit_parallel.runs import short_path
+from lit_parallel.runs import RunState, run_folder_of, short_path
 from lit_parallel.sampling.auto import Choice
 from lit_parallel.solution import Solution
 
@@ -50,7 +50,8 @@ def build_logger(
         folder: Run folder; the run's files go into its ``wandb`` folder.
         config: The resolved config as plain containers; logged.
         experiment: Groups the runs that belong together.
-        job_type: ``train``, ``test`` or ``sample``.
+        job_type: ``train``, ``test``, ``sample`` or ``benchmark``. A run that starts from a checkpoint (``checkpoint``
+            in its config) names the training run that has left it, as ``trained_by``.
         goes_on: The id of the run to go on with. Offline that makes another folder of the same id; ``wandb sync`` joins
             them.
 
@@ -66,13 +67,13 @@ def build_logger(
     if options.mode == "online":
         _check_api_key()
     folder.mkdir(parents=True, exist_ok=True)
-    name = options.name or (folder.name if job_type == "train" else f"{folder.name}-{job_type}")
+    config = config | _origin(config.get("checkpoint"))
     arguments: dict[str, Any] = {
         "project": options.project,
         "entity": options.entity,
         "id": goes_on,
         "resume": None if goes_on is None else "allow",
-        "name": name,
+        "name": options.name or _name(folder, config, job_type),
         "group": experiment,
         "job_type": job_type,
         "tags": options.tags,
@@ -107,7 +108,55 @@ def build_logger(
     run.define_metric("solver/iteration", hidden=True)
     for name in ("solver/residual", "solver/residual/*"):
         run.define_metric(name, step_metric="solver/iteration")
+    _use_checkpoint(run)
     return WandbLogger(experiment=run, project=options.project, save_dir=folder)
+
+
+def _name(folder: Path, config: Mapping[str, Any], job_type: str) -> str:
+    """Of a run folder; of sampling also how, since there may be many of them in one folder."""
+    solver = config.get("solver")
+    how = [str(solver["name"]), f"seed-{config.get('seed')}"] if job_type == "sample" and solver else []
+    return "-".join([folder.name, *([] if job_type == "train" else [job_type]), *how])
+
+
+def _origin(checkpoint: str | None) -> dict[str, str]:
+    """The id of the run that has trained a checkpoint, if that is known: for the config of a run that uses it."""
+    trained_in = None if checkpoint is None else run_folder_of(Path(checkpoint))
+    trained_by = None if trained_in is None else RunState.read(trained_in).wandb_id
+    return {} if trained_by is None else {"trained_by": trained_by}
+
+
+def _use_checkpoint(run: Any) -> None:
+    """Draw the line from the checkpoint's artifact to this run, if both are online."""
+    trained_by = run.config.get("trained_by")
+    if trained_by is not None and not run.offline:
+        with contextlib.suppress(wandb.errors.Error, ValueError):  # trained offline, or elsewhere
+            run.use_artifact(f"{_artifact_name(trained_by)}:latest", type="model")
+
+
+def _log_checkpoint(run: Any, folder: Path) -> None:
+    """Register the checkpoint of an online training run as an artifact, which runs that use it are linked to.
+
+    The artifact is a reference: the file stays where it is, and is not uploaded.
+    """
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if run.job_type == "train" and not run.offline and checkpoint.is_file():
+        artifact = wandb.Artifact(_artifact_name(run.id), type="model")
+        artifact.add_reference(checkpoint.resolve().as_uri())
+        run.log_artifact(artifact)
+
+
+def _artifact_name(run_id: str) -> str:
+    return f"checkpoint-{run_id}"
+
+
+def has_account() -> bool:
+    """Whether an API key is there; asks neither the user nor the server."""
+    try:
+        _check_api_key()
+    except UserError:
+        return False
+    return True
 
 
 def _check_api_key() -> None:
@@ -189,6 +238,12 @@ def log_choice(logger: WandbLogger | None, choice: Choice | None) -> None:
     logger.experiment.log({"solver_candidates": _table(report["candidates"])})
 
 
+def log_table(logger: WandbLogger | None, name: str, rows: list[dict[str, Any]]) -> None:
+    """Log rows of plain values, one column for each key."""
+    if logger is not None and rows:
+        logger.experiment.log({name: _table(rows)})
+
+
 def _table(rows: list[dict[str, Any]]) -> wandb.Table:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     data = [[row.get(column) for column in columns] for row in rows]
@@ -227,5 +282,8 @@ def finish(logger: WandbLogger | None) -> None:
     """Close the run, if there is one, as failed during an exception; never fails: what was logged is written."""
     if logger is not None:
         exit_code = 0 if sys.exception() is None else 1
+        with contextlib.suppress(Exception):
+            if exit_code == 0 and isinstance(logger.experiment, wandb.Run):
+                _log_checkpoint(logger.experiment, Path(str(logger.save_dir)))
         with contextlib.suppress(Exception):
             logger.experiment.finish(exit_code=exit_code)
