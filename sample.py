@@ -30,7 +30,7 @@ def sample(config: Any) -> Any:
     from lit_parallel.errors import UserError
     from lit_parallel.modules.autoregressive import AutoregressiveModule
     from lit_parallel.report import print_table, write_results
-    from lit_parallel.runs import new_run_folder, newest_checkpoint, run_folder_of, short_path
+    from lit_parallel.runs import alone_in, new_run_folder, newest_checkpoint, run_folder_of, short_path
     from lit_parallel.sampling.given import load_given
     from lit_parallel.sampling.predict import SampleIndices, SamplingModule, ShardWriter, fitting_into_memory
     from lit_parallel.sampling.sampler import What, check_sampler
@@ -77,44 +77,45 @@ def sample(config: Any) -> Any:
     )
     batch_size = min(config.batch_size, config.num_samples)
     shards, missing = Shards(writer.shards.folder), []
-    if trainer.is_global_zero:
-        shards.open(
-            settings_of(
-                checkpoint,
-                what,
-                config.solver,
-                batch_size,
-                precision=str(trainer.precision),
-                device=trainer.strategy.root_device.type,
+    with alone_in(kept):
+        if trainer.is_global_zero:
+            shards.open(
+                settings_of(
+                    checkpoint,
+                    what,
+                    config.solver,
+                    batch_size,
+                    precision=str(trainer.precision),
+                    device=trainer.strategy.root_device.type,
+                )
             )
-        )
-        missing = shards.missing(config.num_samples, batch_size)
-    container = to_container(config) | {"checkpoint": str(checkpoint)}  # which one the newest was
-    logger = build_logger(config.wandb, folder, config=container, experiment=experiment, job_type="sample")
-    try:
-        module = SamplingModule(model, config.solver, batch_size, what)
-        with (
-            lightning_refusals(),
-            says_when_interrupted(lambda: f"go on with: the same command and output={short_path(kept)}"),
-            ending_together(trainer),
-        ):
-            with fitting_into_memory(f"batch_size={batch_size}", "set a smaller batch_size"):
-                trainer.predict(module, SampleIndices(missing), return_predictions=False)
-            device = trainer.strategy.root_device
-            trainer.strategy.barrier("all shards are written")
-            if not trainer.is_global_zero:
-                return None
-            shards.close()
-            advice = "the images are kept; add compare.baselines=[] and compare.curves=false"
-            with fitting_into_memory("the comparison of solvers", advice):
-                results = write_results(config, model.to(device), what, shards, folder, checkpoint, module.choice)
-        rows = [measurement.row() for measurement in results.measurements]
-        log_sampling(
-            logger, results.solution, results.images, rows, results.wall_clock_speedup, pictures=results.pictures
-        )
-        log_choice(logger, module.choice)
-    finally:
-        finish(logger)
+            missing = shards.missing(config.num_samples, batch_size)
+        container = to_container(config) | {"checkpoint": str(checkpoint)}  # which one the newest was
+        logger = build_logger(config.wandb, folder, config=container, experiment=experiment, job_type="sample")
+        try:
+            module = SamplingModule(model, config.solver, batch_size, what)
+            with (
+                lightning_refusals(),
+                says_when_interrupted(lambda: f"go on with: the same command and output={short_path(kept)}"),
+                ending_together(trainer),
+            ):
+                with fitting_into_memory(f"batch_size={batch_size}", "set a smaller batch_size"):
+                    trainer.predict(module, SampleIndices(missing), return_predictions=False)
+                device = trainer.strategy.root_device
+                trainer.strategy.barrier("all shards are written")
+                if not trainer.is_global_zero:
+                    return None
+                shards.close()
+                advice = "the images are kept; add compare.baselines=[] and compare.curves=false"
+                with fitting_into_memory("the comparison of solvers", advice):
+                    results = write_results(config, model.to(device), what, shards, folder, checkpoint, module.choice)
+            rows = [measurement.row() for measurement in results.measurements]
+            log_sampling(
+                logger, results.solution, results.images, rows, results.wall_clock_speedup, pictures=results.pictures
+            )
+            log_choice(logger, module.choice)
+        finally:
+            finish(logger)
     print_table(results.measurements, title=results.title)
     for line in [*results.notes, *how_to_look(logger)]:
         print(line)

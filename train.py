@@ -74,7 +74,7 @@ def _train(config: Any, run: Any = None) -> TrainResult:
     from lit_parallel.errors import UserError
     from lit_parallel.modules.autoregressive import AutoregressiveModule
     from lit_parallel.resume import how_to_resume
-    from lit_parallel.runs import RunState, new_run_folder, written_whole
+    from lit_parallel.runs import RunState, alone_in, new_run_folder, written_whole
     from lit_parallel.sampling.sampler import What, check_sampler
     from lit_parallel.tracking import build_logger, finish, how_to_look, run_id
     from lit_parallel.trainer import build_trainer, check_trainer, ending_together, lightning_refusals, restoring
@@ -101,17 +101,20 @@ def _train(config: Any, run: Any = None) -> TrainResult:
     folder = new_run_folder(config.runs_folder, config.experiment) if run is None else run.folder
     state = RunState() if run is None else run.state
     state.finished = False
-    state.write(folder)  # which must be possible
-    logger = build_logger(
-        config.wandb,
-        folder,
-        config=to_container(config),
-        experiment=config.experiment,
-        job_type="train",
-        goes_on=state.wandb_id,
-    )
-    # The other processes do not know the folder.
-    with says_when_interrupted(lambda: how_to_resume(folder) if first else "the first process says how to go on"):
+    with (
+        alone_in(folder),
+        # The other processes do not know the folder.
+        says_when_interrupted(lambda: how_to_resume(folder) if first else "the first process says how to go on"),
+    ):
+        state.write(folder)  # which must be possible
+        logger = build_logger(
+            config.wandb,
+            folder,
+            config=to_container(config),
+            experiment=config.experiment,
+            job_type="train",
+            goes_on=state.wandb_id,
+        )
         try:
             trainer = build_trainer(
                 config.trainer,

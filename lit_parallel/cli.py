@@ -7,10 +7,12 @@ import importlib.metadata
 import inspect
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ Schema = TypeVar("Schema")
 # The options that stand in no group are listed under this name.
 _TOP = "general"
 _PIPED_WIDTH = 100
+_AT_ONCE_SECONDS = 2.0
 _STOPPED: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _FLAG_OF_SUFFIX = {".yaml": "--config", ".yml": "--config", ".ckpt": "--checkpoint"}
 
@@ -178,11 +181,18 @@ def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """Let the first SIGINT or SIGTERM raise :class:`Stopped` inside; yields a list that will hold its number."""
+    """Let SIGINT and SIGTERM raise :class:`Stopped` inside; yields a list that will hold the first one's number.
+
+    Others are ignored for a moment, since terminals and launchers may send several at once; after that, who asks again
+    does not want to wait for what is still being closed.
+    """
     received: list[int] = []
+    latest = -math.inf
 
     def stop(number: int, _: Any) -> None:
-        if not received and not _is_ended_by_the_first_process():
+        nonlocal latest
+        if time.monotonic() - latest > _AT_ONCE_SECONDS and not _is_ended_by_the_first_process():
+            latest = time.monotonic()
             received.append(number)
             raise Stopped(number)
 

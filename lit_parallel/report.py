@@ -244,9 +244,8 @@ def write_pngs(shards: Shards, folder: Path) -> None:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a report; a number that JSON cannot hold becomes null."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    with written_whole(path) as incomplete:
+        incomplete.write_text(json.dumps(_finite(content), indent=2, default=str, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

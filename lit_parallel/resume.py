@@ -102,7 +102,7 @@ class InterruptedRun:
             Its content.
 
         Raises:
-            UserError: If it is damaged, holds weights alone, or is of another run or other data.
+            UserError: If it is damaged, holds weights alone, is of another run or other data, or beyond the end.
         """
         model = load(self.checkpoint)
         other = [key for key in _differences(saved_config(model), config) if key not in MAY_CHANGE]
@@ -123,7 +123,17 @@ class InterruptedRun:
                 f"'{self.checkpoint}' holds weights to sample from, and nothing to go on with ('{missing[0]}' is "
                 "missing)."
             )
+        self._refuse_an_end_in_the_past(config, content)
         return content
+
+    def _refuse_an_end_in_the_past(self, config: TrainConfig, content: dict[str, Any]) -> None:
+        for name, reached in (("max_epochs", content["epoch"] + 1), ("max_steps", content["global_step"])):
+            end = getattr(config.trainer, name)
+            if end not in (None, -1) and end < reached:
+                raise UserError(
+                    f"the training in '{self.folder}' is beyond trainer.{name}={end}: set trainer.{name}={reached} or "
+                    "more."
+                )
 
 
 def how_to_resume(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -66,6 +67,57 @@ def written_whole(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             incomplete.unlink()
         raise UserError(f"Cannot write '{path}': {error.strerror}.") from error
+
+
+_locks: set[int] = set()  # descriptors
+
+
+def _let_go() -> None:
+    for lock in _locks:
+        os.close(lock)
+
+
+os.register_at_fork(after_in_child=_let_go)  # a data worker may live longer than the process that was killed
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other commands from writing into a folder, which is made if need be; the first process does it for all.
+
+    Nothing is left behind, however the process ends. On a file system without locks nobody is kept away.
+
+    Raises:
+        UserError: If another command is at work there, or the folder cannot be made.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield
+        return
+    make_folder(folder)
+    lock = os.open(folder, os.O_RDONLY)
+    _locks.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another command is at work in '{folder}': wait until it has ended.") from None
+        except OSError:  # no locks here
+            pass
+        yield
+    finally:
+        _locks.discard(lock)
+        os.close(lock)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, unless it is there.
+
+    Raises:
+        UserError: If that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot create the folder '{folder}': {error.strerror}.") from error
 
 
 def new_run_folder(runs_folder: str | Path, experiment: str) -> Path:

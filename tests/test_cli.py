@@ -188,6 +188,21 @@ def test_status_after_a_signal_whatever_fails_then(capsys, number, status, word)
     assert signal.getsignal(number) is before
 
 
+def test_who_asks_again_later_does_not_wait_for_what_is_being_closed(capsys, monkeypatch):
+    monkeypatch.setattr("lit_parallel.cli._AT_ONCE_SECONDS", 0.05)
+
+    def main(argv):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the second one was not heard")
+
+    assert run_command(main, []) == 143
+    assert capsys.readouterr().err == "terminated\n"
+
+
 def test_a_hint_follows_the_signal(capsys):
     def main(argv):
         with says_when_interrupted(lambda: "try again"):

@@ -18,7 +18,7 @@ from lit_parallel.cli import run_command
 from lit_parallel.config import TrainConfig, load_config, save_config
 from lit_parallel.errors import UserError
 from lit_parallel.modules.base import TrainableModule
-from lit_parallel.runs import RunState
+from lit_parallel.runs import RunState, alone_in
 from train import main, resume, train
 
 ROOT = Path(__file__).parent.parent
@@ -276,6 +276,21 @@ def test_a_finished_training_says_so_and_may_be_made_longer(folder, capsys):
     assert read(folder / "checkpoints" / "last.ckpt")["epoch"] == 1
     assert load_config(TrainConfig, folder / "config.yaml").trainer.max_epochs == 2
     assert "is finished" in refusal(folder)
+
+
+@pytest.mark.parametrize(("override", "least"), [("trainer.max_epochs=0", 1), ("trainer.max_steps=4", 5)])
+def test_an_end_that_was_passed_is_refused_and_changes_nothing(override, least, folder):
+    before = [(folder / name).read_bytes() for name in ("config.yaml", "run.json")]
+    name, _, end = override.partition("=")
+    assert refusal(folder, override).endswith(f"is beyond {name}={end}: set {name}={least} or more.")
+    assert [(folder / name).read_bytes() for name in ("config.yaml", "run.json")] == before
+
+
+def test_a_training_that_is_still_running(folder):
+    before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+    with alone_in(folder):
+        assert f"Another command is at work in '{folder}'" in refusal(folder)
+    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
 def test_what_was_trained_to_its_end_is_only_tested(folder):

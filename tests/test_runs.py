@@ -1,12 +1,14 @@
 """Run folders: names, the newest checkpoint, and paths a user would type."""
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from lit_parallel.errors import UserError
-from lit_parallel.runs import new_run_folder, newest_checkpoint, run_folder_of, short_path
+from lit_parallel.runs import alone_in, new_run_folder, newest_checkpoint, run_folder_of, short_path
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path):
@@ -25,6 +27,28 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"Cannot create the run folder .*file"):
         new_run_folder(tmp_path / "file", "made")
+
+
+def test_one_command_at_a_time_in_a_folder(tmp_path):
+    folder = tmp_path / "new"
+    told, tell = os.pipe()
+    with alone_in(folder):
+        child = os.fork()  # as a data worker, which may outlive its parent
+        if child == 0:
+            os.write(tell, b"!")
+            time.sleep(20)
+            os._exit(0)
+        os.read(told, 1)
+        with pytest.raises(UserError, match="Another command is at work in"), alone_in(folder):
+            pass
+    try:
+        with alone_in(folder):
+            assert not any(folder.iterdir())
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(told)
+        os.close(tell)
 
 
 def test_the_newest_checkpoint_is_the_one_written_last(tmp_path):

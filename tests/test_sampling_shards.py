@@ -16,6 +16,7 @@ from PIL import Image
 from lit_parallel.checkpoint import as_checkpoint, build_model
 from lit_parallel.config import SampleConfig, TrainConfig, load_config
 from lit_parallel.errors import UserError
+from lit_parallel.runs import alone_in
 from lit_parallel.sampling.pixelcnnpp_fused import FusedPixelCNNppSystem
 from lit_parallel.sampling.predict import SampleIndices, SamplingModule, fitting_into_memory
 from lit_parallel.sampling.sampler import Sampler
@@ -277,6 +278,14 @@ def test_a_folder_of_other_images_is_refused(changed, named, checkpoint, tmp_pat
     with pytest.raises(UserError, match=named):
         run_sample(checkpoint, *command, changed)
     assert (tmp_path / "out" / "shards" / "index.json").read_bytes() == before
+
+
+def test_a_folder_that_another_command_fills_is_left_alone(checkpoint, tmp_path):
+    command = ("num_samples=4", f"output={tmp_path / 'out'}")
+    with alone_in(tmp_path / "out"), pytest.raises(UserError, match="Another command is at work in"):
+        run_sample(checkpoint, *command)
+    assert not any((tmp_path / "out").iterdir())
+    run_sample(checkpoint, *command)
 
 
 def test_a_folder_of_another_model_is_refused(checkpoint, tmp_path):

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lit_parallel.errors import UserError, one_line
 from lit_parallel.options import format_value
-from lit_parallel.runs import written_whole
+from lit_parallel.runs import make_folder, written_whole
 from lit_parallel.sampling.autoregressive import Given
 from lit_parallel.sampling.sampler import What
 from lit_parallel.solution import Solution, Status, concatenate
@@ -100,10 +100,7 @@ class Shards:
         Raises:
             UserError: If it holds images of other settings, or cannot be read or written.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"Cannot create the folder '{self.folder}': {error.strerror}.") from error
+        make_folder(self.folder)
         self._read_index()
         if self._shards:
             self._refuse_others(settings)
