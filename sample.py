@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -117,7 +118,8 @@ def sample(config: Any) -> Any:
         finally:
             finish(logger)
     print_table(results.measurements, title=results.title)
-    for line in [*results.notes, *how_to_look(logger)]:
+    again = f"compare with other runs:  python -m lit_parallel.compare {shlex.quote(str(short_path(kept)))}"
+    for line in [*results.notes, again, *how_to_look(logger)]:
         print(line)
     return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -272,7 +273,10 @@ def _report(result: TrainResult, hints: list[str]) -> None:
     elif result.checkpoint is not None:
         print(f"checkpoint: {result.checkpoint}")
         if isinstance(result.model, AutoregressiveModule):
-            print(f"sample it:  python sample.py --checkpoint {result.checkpoint}")
+            print(f"sample it:  python sample.py --checkpoint {shlex.quote(str(result.checkpoint))}")
+        else:
+            config, checkpoint = (shlex.quote(str(path)) for path in (result.folder / "config.yaml", result.checkpoint))
+            print(f"test it:    python train.py --config {config} --checkpoint {checkpoint} stage=test")
     for line in hints:
         print(line)
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import LearningRateMonitor, WeightAveraging
 from torch import Tensor
 
 from callbacks.best_checkpoint import BestCheckpoint
 from callbacks.jacobi_backprop import JacobiBackprop
 from callbacks.jacobi_evaluation import JacobiEvaluation
 from callbacks.last_checkpoint import LastCheckpoint
+from callbacks.progress_bar import ProgressBar
 from callbacks.sample_grid import SampleGrid
 from callbacks.seeded_steps import SeededSteps
 from callbacks.stop_at_non_finite import StopAtNonFinite
@@ -94,7 +95,7 @@ def _jacobi_evaluation(config: TrainConfig, model: TrainableModule) -> list[pl.C
 
 
 def _progress_bar(config: TrainConfig) -> list[pl.Callback]:
-    return [RichProgressBar(leave=False)] if config.trainer.enable_progress_bar is not False else []
+    return [ProgressBar()] if config.trainer.enable_progress_bar is not False else []
 
 
 def _refuse_sampling_options(config: TrainConfig) -> None:

@@ -35,6 +35,8 @@ GRID_IMAGES = 64
 _MOST_NAMED = 1000
 """At most so many samples that were not solved are named in ``report.json``."""
 
+_SHORT = {"sequential": "seq.", "cached_sequential": "cached"}  # as baselines stand above a column
+
 _MOST_SHOWN = 10
 """At most so many samples that are not finite are named on the screen."""
 
@@ -261,22 +263,22 @@ def _finite(value: Any) -> Any:
 def print_table(measurements: Sequence[Measurement], *, title: str) -> None:
     """Print one line per solver: iterations, work and time side by side, never mixed."""
     baselines = list(measurements[0].speedup)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     table.add_column("solver", no_wrap=True)
-    columns = ["iterations\nmean / max", "iteration\nspeedup", "work", "seconds"]
-    columns += [f"speedup over\n{name.replace('_', ' ')}" for name in baselines]
-    for name in (*columns, "bitwise equal\nto sequential"):
+    columns = ["iterations\nmean/max", "iter.\nspeedup", "work", "seconds"]
+    columns += [f"over\n{_SHORT.get(name, name)}" for name in baselines]
+    for name in (*columns, "equal\nbits"):
         table.add_column(name, justify="right", no_wrap=True)
     for measurement in measurements:
         numbers = measurement.solution.summary()
         certificate = numbers["certificate_iterations_max"]
-        iterations = f"{numbers['iterations_mean']:.1f} / {numbers['iterations_max']}"
+        iterations = f"{_short(numbers['iterations_mean'], 1).removesuffix('.0')}/{numbers['iterations_max']}"
         table.add_row(
             measurement.solver,
-            iterations + (f" + {certificate}" if certificate else ""),
+            iterations + (f"+{certificate}" if certificate else ""),
             _times(numbers["iteration_speedup"], measurement),
-            f"{numbers['work']:.1f}",
-            f"{measurement.median_seconds:.4f}",
+            _short(numbers["work"], 1),
+            _short(measurement.median_seconds, 4),
             *(_times(measurement.speedup[name], measurement) for name in baselines),
             _equality(measurement),
             style="bold" if measurement is measurements[0] else None,
@@ -286,19 +288,27 @@ def print_table(measurements: Sequence[Measurement], *, title: str) -> None:
         console = Console(width=120)
     console.print(title, highlight=False)  # not as the table's title, which would be broken at the table's width
     console.print(table)
-    if any(measurement.solution.certificate_iterations.any() for measurement in measurements):
-        console.print("iterations: + those of the certificate; work: equations evaluated, relative to sequential")
+    console.print(
+        "iterations: + those of the certificate; iter. speedup: equations over iterations; work: equations evaluated, "
+        "relative to sequential; over: wall-clock speedup; equal bits: as sequential sampling"
+    )
     if measurements[0].solution.given:
         console.print("no speedups: given equations cost nothing, whatever the solver")
 
 
+def _short(number: float, digits: int) -> str:
+    """At most so many digits behind the point, and fewer of a large number; never an exponent."""
+    before = len(str(int(number)))
+    return f"{number:.{max(0, min(digits, 5 - before))}f}"
+
+
 def _times(speedup: float, measurement: Measurement) -> str:
     if speedup == speedup:
-        return f"{speedup:.2f}x"
-    return "-" if measurement.solution.all_solved else "not solved"
+        return f"{_short(speedup, 2)}x"
+    return "-" if measurement.solution.all_solved else "unsolved"
 
 
 def _equality(measurement: Measurement) -> str:
     if measurement.equal is None:
-        return "not compared"
-    return "yes" if measurement.equal else f"no, {measurement.largest_difference:.0e}"
+        return "?"
+    return "yes" if measurement.equal else f"no {measurement.largest_difference:.0e}"

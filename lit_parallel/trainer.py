@@ -123,6 +123,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
     # No news when training goes on there.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # A run that ends before its first validation has no best state; what it has is last.ckpt.
+    warnings.filterwarnings("ignore", message=".*could not find the monitored key in the returned metrics")
     # Of the gradients of 1x1 convolutions, and of no consequence.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # Lightning 2.6 with torch 2.13.

@@ -268,7 +268,7 @@ def test_what_is_not_solved_has_no_speedup(checkpoint, capsys):
     assert results.report["comparison"]["rows"][0]["status"] == {"iteration_limit": 2}
     assert results.wall_clock_speedup != results.wall_clock_speedup
     printed = capsys.readouterr().out
-    assert "not solved" in printed
+    assert "unsolved" in printed
     assert "NOT all were solved" in printed
     report = json.loads((results.folder / "report.json").read_text())
     assert report["certified"] is False

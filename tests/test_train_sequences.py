@@ -67,6 +67,7 @@ def test_every_config_trains(path, tmp_path, capsys):
         for part in ("train", "val", "test"):
             assert f"{part}/{metric}: {result.metrics[f'{part}/{metric}']:.3f}" in printed
     assert ("sample it:" in printed) == (config_of(path.name).model.task == "next_pixel")
+    assert ("test it:" in printed) == (config_of(path.name).model.task != "next_pixel")
     model = lit_parallel.load(result.checkpoint)
     assert type(model) is type(result.model)
 
