@@ -161,7 +161,6 @@ from test_pixelcnnpp_kernel import COLOUR, GREY, Problem, Tile, Kind
 torch.manual_seed(0)
 Problem(*GREY).windows(4)
 Problem(*GREY).windows(8, Tile(64, 32))  # whose sums are in one piece
-Problem(*GREY).windows(8, Tile(32, 16, 2, 4, 3))
 Problem(*GREY).lost_numbers()
 Problem(*GREY).pixels(1)
 Problem(*COLOUR).windows(8)
