@@ -199,6 +199,7 @@ def train_on_adding(
     random = np.random.default_rng([0, seed])
     losses: list[Tensor] = []
     began, steps, error = time.perf_counter(), 0, math.inf
+    good = copy.deepcopy(network.state_dict())
     while error > _SOLVED and time.perf_counter() - began < seconds:
         loss = _errors(network, adding_problem(_BATCH, length, random), device).square().mean()
         optimizer.zero_grad()
@@ -209,6 +210,14 @@ def train_on_adding(
         steps += 1
         if steps % _CHECK_EVERY == 0:
             error, losses = float(torch.stack(losses).mean()) / AddingData.target_variance, []
+            if math.isfinite(error):
+                good = copy.deepcopy(network.state_dict())
+            else:  # a rectified network may explode: back to where it had not, and more slowly
+                network.load_state_dict(good)
+                error, optimizer = (
+                    math.inf,
+                    torch.optim.Adam(network.parameters(), lr=optimizer.param_groups[0]["lr"] / 2),
+                )
     took = time.perf_counter() - began
     with torch.no_grad():
         errors = _errors(network, adding_problem(512, length, np.random.default_rng([1, seed])), device)

@@ -72,6 +72,7 @@ class JacobiBackprop(pl.Callback):
         self.options, self.chosen = options, chosen
         self._tallies: dict[str, dict[str, _Tally]] | None = None  # by module, then by layer; None: not training
         self._seen: dict[str, BackwardRecord] = {}
+        self._uncounted: dict[str, BackwardRecord] = {}
         self._batches = 0
         self._trained: nn.Module | None = None
         self._learnt: dict[str, Any] = {}
@@ -84,7 +85,7 @@ class JacobiBackprop(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # By now a weight average has its copy of the plain module, and torch.compile has not seen it yet.
         self._tallies = {name: {} for name in self._parallelize(pl_module)}
-        self._seen, self._batches = {}, 0
+        self._seen, self._uncounted, self._batches = {}, {}, 0
         self._trained = pl_module
         set_state(pl_module, self._learnt)
         self._learnt = {}
@@ -99,22 +100,32 @@ class JacobiBackprop(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert self._tallies is not None
+        logs = bool(trainer.loggers) and _logs_this_step(trainer)
         # A record that is the one of the batch before: the layer went the ordinary way, and it says nothing of it.
-        before, self._seen = self._seen, records(pl_module)
+        before, self._seen = self._seen, records(pl_module, wait=logs)
         new = {name: record for name, record in self._seen.items() if record is not before.get(name)}
         self._batches += 1
-        for name, record in new.items():
-            self._tallies[_module_of(name)].setdefault(name, _Tally()).add(record)
-        if trainer.loggers and _logs_this_step(trainer):
+        self._count()
+        self._uncounted = new
+        if logs:
             # Not through pl_module.log: it repeats values of earlier batches, and reads all of them from the device.
             for logger in trainer.loggers:
                 logger.log_metrics(self._values(new), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        records(pl_module)
+        self._count()
         for module, tallies in (self._tallies or {}).items():
             for name in sorted(tallies) or [module]:
                 rank_zero_info(f"JacobiBackprop: {name}: {self._summary(name, tallies.get(name))}.")
         self._undo(pl_module)
+
+    def _count(self) -> None:
+        """The passes of the batch before: the device need not be waited for."""
+        for name, record in self._uncounted.items():
+            assert self._tallies is not None
+            self._tallies[_module_of(name)].setdefault(name, _Tally()).add(record)
+        self._uncounted = {}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._undo(pl_module)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,6 +23,8 @@ from lit_parallel.recurrent.cells import Cell, Layer, cell_of
 from lit_parallel.recurrent.chain import Chain, Disagreement, Walk, blocks_of
 
 _MOST_ROUNDS, _SHORTEST_BLOCK = 8, 4
+NOT_AT_ALL = tl.constexpr(-1)  # a halo that says: this walk is not needed
+_SMALLEST = tl.constexpr(1e-20)  # sum of squares of a solution, of which a float32 still tells its errors
 MAX_RESIDENT = 128  # hidden units whose matrix stays on the chip
 KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 
@@ -85,33 +88,63 @@ def put_aside(p, scale, put, size, mask, FULL: tl.constexpr):
 
 
 @triton.jit
+def add_piece(acc, p, p_low, weight, low, of_w, FULL: tl.constexpr):
+    """Add a product of halves of 16 bits; those of the weight are ``low`` numbers apart."""
+    w = tl.load(weight, mask=of_w, other=0.0)
+    if FULL:
+        # The product of both lower halves is below float32's last bit. Tensor cores round their sums towards zero, all
+        # in one direction: few terms are left to them, the smallest first; the rest is added outside.
+        w_low = tl.load(weight + low, mask=of_w, other=0.0)
+        part = tl.dot(p_low, w)
+        part = tl.dot(p, w_low, part)
+        acc += tl.dot(p, w, part)
+    else:
+        acc = tl.dot(p, w, acc)
+    return acc
+
+
+@triton.jit
+def _read_and_add_piece(acc, aside, size, weight, low, of_p, of_w, FULL: tl.constexpr):
+    p = tl.load(aside, mask=of_p, other=0.0)
+    p_low = p
+    if FULL:
+        p_low = tl.load(aside + size, mask=of_p, other=0.0)
+    return add_piece(acc, p, p_low, weight, low, of_w, FULL)
+
+
+@triton.jit
 def multiply(
     aside, size, weight, row, inside, h,
     H: tl.constexpr, HP: tl.constexpr, K: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
-    FULL: tl.constexpr,
+    AT_ONCE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """What was put aside, ``[R, K]``, times the weight ``[K, H]``, streamed from the cache in pieces, all in halves."""
+    """What was put aside, ``[R, K]``, times the weight ``[K, H]``, streamed from the cache in pieces, all in halves.
+
+    AT_ONCE parts of K, one, three or four, are summed side by side: products that need not wait for one another.
+    """
+    PART: tl.constexpr = K // AT_ONCE
     k = tl.arange(0, DEPTH)
     aside += row.to(tl.int64)[:, None] * K + k[None, :]
     weight += k[:, None] * H + h[None, :]
-    acc = tl.zeros([R, HP], dtype=tl.float32)
-    for begin in tl.range(0, K, DEPTH, num_stages=STAGES):
-        more = (begin + k) < K
+    low: tl.constexpr = K * H
+    acc_0 = tl.zeros([R, HP], dtype=tl.float32)
+    acc_1 = tl.zeros([R, HP], dtype=tl.float32)
+    acc_2 = tl.zeros([R, HP], dtype=tl.float32)
+    acc_3 = tl.zeros([R, HP], dtype=tl.float32)
+    for begin in tl.range(0, PART, DEPTH, num_stages=STAGES):
+        more = (begin + k) < PART
         of_p = inside[:, None] & more[None, :]
         of_w = more[:, None] & (h < H)[None, :]
-        p = tl.load(aside + begin, mask=of_p, other=0.0)
-        w = tl.load(weight + begin * H, mask=of_w, other=0.0)
-        if FULL:
-            # The product of both lower halves is below float32's last bit. Tensor cores round their sums towards zero,
-            # all in one direction: few terms are left to them, the smallest first; the rest is added outside.
-            p_low = tl.load(aside + size + begin, mask=of_p, other=0.0)
-            w_low = tl.load(weight + K * H + begin * H, mask=of_w, other=0.0)
-            part = tl.dot(p_low, w)
-            part = tl.dot(p, w_low, part)
-            acc += tl.dot(p, w, part)
-        else:
-            acc = tl.dot(p, w, acc)
-    return acc
+        p, w = aside + begin, weight + begin * H
+        acc_0 = _read_and_add_piece(acc_0, p, size, w, low, of_p, of_w, FULL)
+        if AT_ONCE > 1:
+            acc_1 = _read_and_add_piece(acc_1, p + PART, size, w + PART * H, low, of_p, of_w, FULL)
+            acc_2 = _read_and_add_piece(acc_2, p + 2 * PART, size, w + 2 * PART * H, low, of_p, of_w, FULL)
+        if AT_ONCE > 3:
+            acc_3 = _read_and_add_piece(acc_3, p + 3 * PART, size, w + 3 * PART * H, low, of_p, of_w, FULL)
+    if AT_ONCE > 1:
+        acc_0 = (acc_0 + acc_1) + (acc_2 + acc_3)
+    return acc_0
 
 
 @triton.jit
@@ -126,7 +159,7 @@ def scale_of(largest):
 def _step_streamed(
     j, v, of_c, squares, row, n, b, inside, h, factors, source, weight, weight_scale, gradients, aside, size, T, B, C,
     H: tl.constexpr, HP: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr, SOURCE: tl.constexpr, KEEP: tl.constexpr,
-    DEPTH: tl.constexpr, STAGES: tl.constexpr, FULL: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Step n C + j of every row; rows that have no such step stay as they are."""
     K: tl.constexpr = H if KIND < 2 else (KIND + 1) * H
@@ -186,7 +219,7 @@ def _step_streamed(
     if KIND == 3:
         put_aside(p_3, scale, put + 3 * H, size, mask, FULL)
     tl.debug_barrier()  # what one thread has put aside, all read
-    product = multiply(aside, size, weight, row, inside, h, H, HP, K, R, DEPTH, STAGES, FULL)
+    product = multiply(aside, size, weight, row, inside, h, H, HP, K, R, DEPTH, STAGES, AT_ONCE, FULL)
     tl.debug_barrier()
     return tl.where(on, new + product * (back * weight_scale)[:, None], v), new_c, squares
 
@@ -196,12 +229,14 @@ def _walk(
     factors, source, weight, halves, scale, last, start, gradients, aside, arrived, left, energies,
     T, B, C, halo_at, columns, rows,
     H: tl.constexpr, HP: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr, START: tl.constexpr, SOURCE: tl.constexpr,
-    KEEP: tl.constexpr, RESIDENT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FULL: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    KEEP: tl.constexpr, RESIDENT: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr,
+    FULL: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Walk R rows; see :meth:`lit_parallel.recurrent.chain.Chain.walk`."""
     S: tl.constexpr = 2 * H if KIND == 3 else H
     halo = tl.load(halo_at)  # not an argument: a captured graph stays when it changes
+    if halo == NOT_AT_ALL:
+        return
     row = tl.program_id(0) * R + tl.arange(0, R)
     h = tl.arange(0, HP)
     inside = row < rows
@@ -242,7 +277,7 @@ def _walk(
         for i in range(halo):
             v, of_c, _ = _step_streamed(
                 C + halo - 1 - i, v, of_c, squares, row, n, b, inside, h, factors, source, halves, weight_scale,
-                gradients, aside, size, T, B, C, H, HP, R, KIND, SOURCE, False, DEPTH, STAGES, FULL,
+                gradients, aside, size, T, B, C, H, HP, R, KIND, SOURCE, False, DEPTH, STAGES, AT_ONCE, FULL,
             )  # fmt: skip
         tl.store(arrived + state, v, mask=mask)
         if KIND == 3:
@@ -250,7 +285,7 @@ def _walk(
         for i in range(C):
             v, of_c, squares = _step_streamed(
                 C - 1 - i, v, of_c, squares, row, n, b, inside, h, factors, source, halves, weight_scale,
-                gradients, aside, size, T, B, C, H, HP, R, KIND, SOURCE, KEEP, DEPTH, STAGES, FULL,
+                gradients, aside, size, T, B, C, H, HP, R, KIND, SOURCE, KEEP, DEPTH, STAGES, AT_ONCE, FULL,
             )  # fmt: skip
         if KIND == 3:
             tl.store(left + state + H, of_c, mask=mask)
@@ -259,20 +294,88 @@ def _walk(
 
 
 @triton.jit(do_not_specialize=["blocks", "B"])
-def _disagreement(arrived, left, energies, sums, blocks, B, S: tl.constexpr, SP: tl.constexpr, R: tl.constexpr):
-    """Sums over a sequence's borders: squares of residuals and of the solution; the largest relative residual."""
+def _disagreement(
+    arrived, left, energies, sums, halo_at, blocks, B, S: tl.constexpr, SP: tl.constexpr, R: tl.constexpr
+):
+    """Of a sequence's borders: sums of squares of residuals and solution, the largest relative residual and number."""
+    if tl.load(halo_at) == NOT_AT_ALL:
+        return
     b = tl.program_id(1)
     n = tl.program_id(0) * R + tl.arange(0, R)
     s = tl.arange(0, SP)[None, :]
     border = (n + 1 < blocks)[:, None] & (s < S)
     here = (n.to(tl.int64) * B + b)[:, None] * S + s
     found = tl.load(left + here + B * S, mask=border, other=0.0)
-    distance = found - tl.load(arrived + here, mask=border, other=0.0)
+    expected = tl.load(arrived + here, mask=border, other=0.0)
+    distance = found - expected
     squared, size = tl.sum(distance * distance, axis=1), tl.sum(found * found, axis=1)
+    largest = tl.max(tl.maximum(tl.abs(found), tl.abs(expected)), axis=1)
     energy = tl.load(energies + n * B + b, mask=n < blocks, other=0.0)
-    tl.atomic_add(sums + b * 3, tl.sum(squared, axis=0))
-    tl.atomic_add(sums + b * 3 + 1, tl.sum(energy, axis=0))
-    tl.atomic_max(sums + b * 3 + 2, tl.max(tl.where(squared > 0.0, squared / tl.maximum(size, 1e-30), 0.0), axis=0))
+    sums += b * 4
+    tl.atomic_add(sums, tl.sum(squared, axis=0))
+    tl.atomic_add(sums + 1, tl.sum(energy, axis=0))
+    tl.atomic_max(sums + 2, tl.max(tl.where(squared > 0.0, squared / tl.maximum(size, 1e-30), 0.0), axis=0))
+    tl.atomic_max(sums + 3, tl.max(largest, axis=0))
+
+
+@triton.jit(do_not_specialize=["C", "T", "B"])
+def _verdict(sums, limit, halo_at, next_halo, worst, C, T, B, LAST: tl.constexpr, BP: tl.constexpr):
+    """Whether sums of :func:`_disagreement` are small enough, and with what halo to walk again if they are not.
+
+    The worst of all sequences is the square of the residual relative to the solution; infinity if it is not known,
+    such as for numbers that are not finite or vanish when they are squared. Where nothing at all arrives, it is zero.
+    """
+    b = tl.arange(0, BP)
+    inside = b < B
+    residual = tl.load(sums + 4 * b, mask=inside, other=0.0)
+    energy = tl.load(sums + 4 * b + 1, mask=inside, other=1.0)
+    largest = tl.load(sums + 4 * b + 3, mask=inside, other=0.0)
+    finite = residual + energy < float("inf")
+    told = finite & (energy >= _SMALLEST)
+    nothing = finite & (largest == 0.0)
+    relative = tl.where(told, residual / tl.where(told, energy, 1.0), tl.where(nothing, 0.0, float("inf")))
+    found = tl.max(relative, axis=0)
+    again = 0 if LAST else tl.minimum(2 * tl.load(halo_at) + C, T)
+    tl.store(worst + LAST, found)
+    tl.store(next_halo, tl.where(found <= tl.load(limit), NOT_AT_ALL, again))
+
+
+def _judge(
+    sums: Tensor, limit: Tensor, halo: Tensor, following: Tensor, worst: Tensor, block: int, length: int, last: bool
+) -> None:
+    padded = triton.next_power_of_2(len(sums))
+    _verdict[(1,)](sums, limit, halo, following, worst, block, length, len(sums), last, padded, num_warps=1)
+
+
+@functools.cache
+def prepare(device: torch.device, batch: int) -> None:
+    """Compile what :meth:`LaunchedChain.walk_until_right` needs beside what every chain does."""
+    sums, halos = torch.zeros(batch + 2, 4, device=device), torch.zeros(2, 4, dtype=torch.int32, device=device)
+    for last in (False, True):
+        _judge(sums[:batch], sums[batch], halos[0], halos[1], sums[batch + 1], 1, 1, last)
+
+
+@functools.cache
+def _some_halo(device: torch.device) -> Tensor:
+    """Of a walk that was needed."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+class Launch(NamedTuple):
+    """Rows per program (as few as the tensor cores take), warps, and how a streamed matrix is read.
+
+    That is rows of it per piece, pieces on their way at once, and parts that are summed side by side.
+    """
+
+    rows: int
+    warps: int
+    depth: int
+    stages: int
+    at_once: int
+
+
+_ELSE = Launch(16, 4, 32, 4, 1)
+_LAUNCHES: dict[str, Launch] = {}
 
 
 @functools.cache
@@ -286,9 +389,11 @@ class LaunchedChain(Chain):
 
     Attributes:
         halo: On the device, ``[1]``: if given, it counts instead of the argument of :meth:`walk`.
+        found: If given, what a walk finds is written there.
     """
 
     halo: Tensor | None = None
+    found: Walk | None = None
 
     def halo_at(self, halo: int) -> Tensor:
         """Where a kernel reads it: not as an argument, so that a captured graph stays when it changes."""
@@ -315,16 +420,53 @@ class LaunchedChain(Chain):
                 best = min(best, (rounds * (block + halo), block))
         return best[1]
 
-    def border_sums(self, walk: Walk) -> Tensor:
-        """Per sequence: squares of residuals and of the solution, and the largest relative residual, ``[batch, 3]``."""
+    def new_walk(self, blocks: int, columns: int = 1) -> Walk:
+        """Memory for what a walk finds."""
+        if self.found is not None:
+            return Walk(*(x[:blocks] for x in (self.found.arrived, self.found.left, self.found.energy)))
+        shape = (blocks, self.batch, columns)
+        arrived, left = self.last.new_empty(2, *shape, self.state_size).unbind()
+        return Walk(arrived, left, self.last.new_empty(shape))
+
+    def border_sums(self, walk: Walk, sums: Tensor | None = None) -> Tensor:
+        """Per sequence, ``[batch, 4]``.
+
+        Squares of residuals and of the solution, the largest relative residual, the largest number at a border. With
+        ``sums`` they are added to these, unless the walk was not needed (:attr:`halo`).
+        """
         blocks = len(walk.left)
-        sums = walk.left.new_zeros(self.batch, 3)
+        sums = walk.left.new_zeros(self.batch, 4) if sums is None else sums
         padded = max(16, triton.next_power_of_2(self.state_size))
         rows = max(1, 4096 // padded)
-        _disagreement[(triton.cdiv(blocks, rows), self.batch)](
-            walk.arrived, walk.left, walk.energy, sums, blocks, self.batch, self.state_size, padded, rows
-        )
+        grid = (triton.cdiv(blocks, rows), self.batch)
+        walked = (walk.arrived, walk.left, walk.energy)
+        halo = _some_halo(sums.device) if self.halo is None else self.halo
+        _disagreement[grid](*walked, sums, halo, blocks, self.batch, self.state_size, padded, rows)
         return sums
+
+    def walk_until_right(self, block: int, halo: Tensor, limit: Tensor, into: Tensor, worst: Tensor) -> Walk:
+        """Walk all blocks; where neighbours disagree, with a longer halo, and then as one block: all on the device.
+
+        The host need not wait to know whether a walk was enough: those that are not needed end at once.
+
+        Args:
+            block: Steps per block, of several.
+            halo: Of the first walk, ``[1]``, int32; the second's is twice that and a block.
+            limit: Largest square of the residual relative to the solution, ``[1]``.
+            into: See :meth:`walk`.
+            worst: Filled with the squares after the first and the second walk, ``[2]``; the latter means nothing if the
+                first walk was enough.
+        """
+        sums = self.last.new_zeros(2, self.batch, 4)
+        halos = torch.empty(2, 4, dtype=torch.int32, device=sums.device)  # 16 bytes apart, as kernels are compiled for
+        self.halo = halo
+        walk = self.found = self.walk(block, into=into)
+        for i, (of_walk, following) in enumerate(zip(sums, halos, strict=True)):
+            self.border_sums(walk, of_walk)
+            _judge(of_walk, limit, self.halo, following, worst, block, self.length, i == 1)
+            self.halo = following
+            self.walk(block if i == 0 else self.length, into=into)
+        return walk
 
     def disagreement(self, walk: Walk) -> Callable[[], Disagreement]:
         sums = self.border_sums(walk)
@@ -377,11 +519,9 @@ class KernelChain(LaunchedChain):
     ) -> Walk:
         blocks = blocks_of(self.length, block)
         columns = 1 if start is None else start.shape[2]
-        shape = (blocks, self.batch, columns)
-        arrived, left = self.last.new_empty(2, *shape, self.state_size).unbind()
-        energy = self.last.new_empty(shape)
+        found = self.new_walk(blocks, columns)
         rows = blocks * self.batch * columns
-        per_program, warps = self._launch(columns)
+        per_program, warps, depth, stages, at_once = self._launch(columns)
         full = self.precision == "full" and columns == 1
         aside = self.last if self.resident else self.halves.new_empty(1 + full, rows, len(self.weight))
         _walk[(triton.cdiv(rows, per_program),)](
@@ -394,9 +534,9 @@ class KernelChain(LaunchedChain):
             self.last if start is None else start.contiguous(),
             self.last if into is None else into,
             aside,
-            arrived,
-            left,
-            energy,
+            found.arrived,
+            found.left,
+            found.energy,
             self.length,
             self.batch,
             block,
@@ -411,17 +551,20 @@ class KernelChain(LaunchedChain):
             source,
             into is not None,
             self.resident,
-            *self._pieces(),
+            depth,
+            stages,
+            at_once,
             full,
             "ieee" if interpreted() else self._product(columns),
             num_warps=warps,
         )
-        return Walk(arrived, left, energy)
+        return found
 
     def preferred_block(self, halo: int) -> int:
-        if not self.resident:
+        launch = self._launch(1)
+        if launch.warps < 8:
             return super().preferred_block(halo)
-        return self.block_of_full_rounds(halo, self._launch(1)[0], 1)  # there is no room for a second matrix
+        return self.block_of_full_rounds(halo, launch.rows, 1)  # there is no room for a second matrix
 
     def preferred_coarse_block(self) -> int:
         # A step takes long, however few blocks walk it.
@@ -435,25 +578,24 @@ class KernelChain(LaunchedChain):
             return "bf16"
         return "ieee" if self.careful else "bf16x6"
 
-    def _pieces(self) -> tuple[int, int]:
-        """Rows of a streamed matrix per piece, and pieces on their way at once; what an H100 was fastest with."""
-        return max(16, 32 * 128 // max(128, triton.next_power_of_2(self.hidden))), 4
-
-    def _launch(self, columns: int) -> tuple[int, int]:
-        """Rows per program and warps: as few rows as the tensor cores take; many of a coarse space's columns."""
-        if columns == 1:
-            return (16, 8) if self.resident else (16, 4)
-        return (64, 8) if self.hidden <= 128 else (32, 8)
+    def _launch(self, columns: int) -> Launch:
+        """What an H100 was fastest with."""
+        depth = max(16, 32 * 128 // max(128, triton.next_power_of_2(self.hidden)))
+        if columns > 1:  # of a coarse space
+            return Launch(64 if self.hidden <= 128 else 32, 8, depth, 4, 1)
+        if self.resident:
+            return Launch(16, 8, depth, 4, 1)
+        return _LAUNCHES.get(self.kind, _ELSE) if self.hidden <= 128 else Launch(16, 4, depth, 4, 1)
 
 
 def read_sums(sums: Tensor) -> Disagreement:
     """What :meth:`KernelChain.border_sums` says, on the host."""
     relative = ratio = 0.0
-    for residual, energy, largest in sums.tolist():
+    for residual, energy, of_border, _ in sums.tolist():
         if not math.isfinite(residual + energy):
             return Disagreement(math.inf, math.inf)
         relative = max(relative, residual / energy if energy > 0 else residual)
-        ratio = max(ratio, largest)
+        ratio = max(ratio, of_border)
     return Disagreement(math.sqrt(relative), math.sqrt(ratio))
 
 

@@ -13,7 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from lit_parallel.kernels import interpreted
-from lit_parallel.kernels.recurrent import KINDS, MAX_RESIDENT, LaunchedChain, halves_of, multiply, put_aside, scale_of
+from lit_parallel.kernels.recurrent import (
+    KINDS,
+    MAX_RESIDENT,
+    NOT_AT_ALL,
+    LaunchedChain,
+    add_piece,
+    halves_of,
+    multiply,
+    put_aside,
+    scale_of,
+)
 from lit_parallel.kernels.recurrent_factors import sigmoid, tanh
 from lit_parallel.recurrent.cells import Layer, cell_of
 from lit_parallel.recurrent.chain import Walk, blocks_of
@@ -21,7 +31,7 @@ from lit_parallel.recurrent.forward_pass import StateChain
 
 #: Rows per program, warps, rows of a streamed matrix per piece, pieces on their way at once; and how many such programs
 #: a multiprocessor holds.
-_LAUNCHES = {"resident": (16, 8, 16, 1, 1), "gru": (16, 8, 32, 3, 1), "lstm": (16, 8, 32, 2, 1)}
+_LAUNCHES = {"resident": (16, 8, 16, 1, 1), "gru": (16, 8, 64, 2, 1), "lstm": (16, 8, 64, 2, 1)}
 _MAX_GATES = 1024  # rows of a weight whose product with a program's states fits into its registers
 
 
@@ -63,20 +73,6 @@ def _step_resident(
 
 
 @triton.jit
-def _add_piece(acc, p, p_low, weight, low, of_w, FULL: tl.constexpr):
-    """Add a product of halves of 16 bits; see :func:`lit_parallel.kernels.recurrent.multiply`."""
-    w = tl.load(weight, mask=of_w, other=0.0)
-    if FULL:
-        w_low = tl.load(weight + low, mask=of_w, other=0.0)
-        part = tl.dot(p_low, w)
-        part = tl.dot(p, w_low, part)
-        acc += tl.dot(p, w, part)
-    else:
-        acc = tl.dot(p, w, acc)
-    return acc
-
-
-@triton.jit
 def _multiply_gates(
     aside, size, weight, row, inside, h,
     H: tl.constexpr, HP: tl.constexpr, G: tl.constexpr, R: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
@@ -100,11 +96,11 @@ def _multiply_gates(
         if FULL:
             p_low = tl.load(aside + size + begin, mask=of_p, other=0.0)
         at = weight + begin * (G * H)
-        acc_0 = _add_piece(acc_0, p, p_low, at, low, of_w, FULL)
-        acc_1 = _add_piece(acc_1, p, p_low, at + H, low, of_w, FULL)
-        acc_2 = _add_piece(acc_2, p, p_low, at + 2 * H, low, of_w, FULL)
+        acc_0 = add_piece(acc_0, p, p_low, at, low, of_w, FULL)
+        acc_1 = add_piece(acc_1, p, p_low, at + H, low, of_w, FULL)
+        acc_2 = add_piece(acc_2, p, p_low, at + 2 * H, low, of_w, FULL)
         if G == 4:
-            acc_3 = _add_piece(acc_3, p, p_low, at + 3 * H, low, of_w, FULL)
+            acc_3 = add_piece(acc_3, p, p_low, at + 3 * H, low, of_w, FULL)
     return acc_0, acc_1, acc_2, acc_3
 
 
@@ -127,7 +123,7 @@ def _step_streamed(
     new_c = c
     if KIND < 2:
         tl.debug_barrier()  # what one thread has put aside, all read
-        product = multiply(aside, size, weight, row, inside, h, H, HP, H, R, DEPTH, STAGES, FULL)
+        product = multiply(aside, size, weight, row, inside, h, H, HP, H, R, DEPTH, STAGES, 1, FULL)
         new = _activated(x_0 + product * back, KIND)
     else:
         x_1 = tl.load(x + H, mask=mask, other=0.0)
@@ -182,6 +178,8 @@ def _walk(
     """Walk R rows; see :meth:`lit_parallel.recurrent.chain.Chain.walk`."""
     S: tl.constexpr = 2 * H if KIND == 3 else H
     halo = tl.load(halo_at)
+    if halo == NOT_AT_ALL:
+        return
     row = tl.program_id(0) * R + tl.arange(0, R)
     h = tl.arange(0, HP)
     inside = row < rows
@@ -287,9 +285,7 @@ class KernelStateChain(LaunchedChain, StateChain):
         self, block: int, halo: int = 0, start: Tensor | None = None, *, source: bool = True, into: Tensor | None = None
     ) -> Walk:
         blocks = blocks_of(self.length, block)
-        shape = (blocks, self.batch, 1)
-        arrived, left = self.last.new_empty(2, *shape, self.state_size).unbind()
-        energy = self.last.new_empty(shape)
+        found = self.new_walk(blocks)
         rows = blocks * self.batch
         per_program, warps, depth, stages, _ = self._launch()
         full = self.precision == "full"
@@ -305,9 +301,9 @@ class KernelStateChain(LaunchedChain, StateChain):
             self.last if into is None else into,
             self.last if self.factors is None else self.factors,
             aside,
-            arrived,
-            left,
-            energy,
+            found.arrived,
+            found.left,
+            found.energy,
             self.length,
             self.batch,
             block,
@@ -327,7 +323,7 @@ class KernelStateChain(LaunchedChain, StateChain):
             "ieee" if interpreted() else self._product(),
             num_warps=warps,
         )
-        return Walk(arrived, left, energy)
+        return found
 
     def in_time(self, into: Tensor) -> Tensor:
         return into

@@ -1,9 +1,9 @@
 """A whole pass of a layer, forward or backward, as one CUDA graph: all its launches cost the host one.
 
 At the sizes that parallel recurrence is for, the device is done sooner than the host can launch twenty kernels.
-The graph holds one walk over all blocks, what it needs (the linearisation, the input's products), the comparison of the
-blocks' borders, and all products that follow. If the
-borders agree, that is all; if they do not, the pass is run once more without it, with as many sweeps as it takes.
+The graph holds a walk over all blocks, what it needs (the linearisation, the input's products), the comparison of the
+blocks' borders, and all products that follow. It also holds the walks that are needed where borders disagree, which end
+at once where they agree: so the host never waits to know. It reads what became of a pass before it launches the next.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from lit_parallel.cuda_graphs import capturing
-from lit_parallel.kernels.recurrent import LaunchedChain
+from lit_parallel.kernels.recurrent import LaunchedChain, prepare
 from lit_parallel.recurrent.chain import Chain
 from lit_parallel.recurrent.layers import LayerTask, given
 
-_SMALLEST = 1e-20
 _MOVES = 3  # of a tensor, each of which costs a new graph, until it is copied
 _SETTLED = 1000  # passes of a graph, after which earlier moves are forgotten
 
@@ -52,11 +51,14 @@ class CapturedPass:
         self._read, self._written = _Places(task.tensors(), of_read), _Places(given(results), of_written)
         self._device = task.input.device
         self._halo = torch.zeros(1, dtype=torch.int32, device=self._device)
-        self._halo_set = self._passes = 0
-        self._verdict = torch.zeros(3, pin_memory=True)
+        self._limit = torch.zeros(1, device=self._device)
+        self._halo_set, self._limit_set = 0, 0.0
+        self._passes = 0
+        self._worst = torch.zeros(2, pin_memory=True)
         self._compared = torch.cuda.Event(external=True)
         self._graph = torch.cuda.CUDAGraph()
         self._stream = torch.cuda.current_stream(self._device)
+        prepare(self._device, task.input.shape[1])
         torch.cuda.synchronize(self._device)
         if torch.cuda.mem_get_info(self._device)[0] < 2 * task.memory():
             torch.cuda.empty_cache()  # not always: what the next step gets would move
@@ -65,17 +67,16 @@ class CapturedPass:
 
     def _run(self, task: LayerTask, results: list[Tensor]) -> None:
         into = self._written.instead_of(results)
-        for to, result in zip(into, task.solved_near(self._first_walk, into), strict=True):
+        for to, result in zip(into, task.solved_near(self._solve, into), strict=True):
             if to.data_ptr() != result.data_ptr():
                 to.copy_(result)
 
-    def _first_walk(self, chain: Chain, into: Tensor, meanwhile: Callable[[], None]) -> Tensor:
+    def _solve(self, chain: Chain, into: Tensor, meanwhile: Callable[[], None]) -> Tensor:
         assert isinstance(chain, LaunchedChain)
-        chain.halo, chain.careful = self._halo, self._key[1]
-        walk = chain.walk(self.block, into=into)
-        residual, energy, _ = chain.border_sums(walk).unbind(1)
-        verdict = torch.stack([(residual / energy).amax(), energy.amin(), (residual + energy).sum()])
-        self._verdict.copy_(verdict, non_blocking=True)
+        chain.careful = self._key[1]
+        worst = torch.empty(2, device=self._device)
+        walk = chain.walk_until_right(self.block, self._halo, self._limit, into, worst)
+        self._worst.copy_(worst, non_blocking=True)
         self._compared.record()
         meanwhile()
         return walk.left[0, :, 0]
@@ -91,8 +92,15 @@ class CapturedPass:
             return None
         return self._read.moves(task.tensors()), self._written.moves(given(results))
 
-    def start(self, task: LayerTask, results: Sequence[Tensor | None], halo: int) -> None:
-        """Launch a pass that fits. Its results, of one walk, count if :meth:`residual` is small enough."""
+    def start(self, task: LayerTask, results: Sequence[Tensor | None], halo: int, largest_residual: float) -> None:
+        """Launch a pass that fits.
+
+        Args:
+            task: What it reads.
+            results: What it writes.
+            halo: Of the first walk.
+            largest_residual: What neighbours may disagree about, relative to the solution.
+        """
         stream = torch.cuda.current_stream(self._device)
         if stream != self._stream:  # where copies of the last pass may still be on their way
             stream.wait_stream(self._stream)
@@ -100,6 +108,9 @@ class CapturedPass:
         if halo != self._halo_set:
             self._halo.fill_(halo)
             self._halo_set = halo
+        if largest_residual != self._limit_set:
+            self._limit.fill_(largest_residual**2)
+            self._limit_set = largest_residual
         if self._read.copied:
             self._read.copy_from(task.tensors())
         self._graph.replay()
@@ -107,11 +118,18 @@ class CapturedPass:
         if self._written.copied:
             self._written.copy_to(given(results))
 
-    def residual(self) -> float:
-        """What neighbours disagree about, relative to the solution, once it is known; NaN if squares do not tell."""
+    def told(self) -> bool:
+        """Whether :meth:`residuals` would not wait."""
+        return self._compared.query()
+
+    def residuals(self) -> tuple[float, float]:
+        """What neighbours disagreed about in the newest pass, relative to the solution, after its two first walks.
+
+        Infinity where that is not known; the second means nothing if the first is small enough.
+        """
         self._compared.synchronize()
-        relative, smallest, total = self._verdict.tolist()
-        return math.sqrt(relative) if smallest >= _SMALLEST and math.isfinite(total) else math.nan
+        first, second = self._worst.tolist()
+        return math.sqrt(first), math.sqrt(second)
 
 
 class _Places:

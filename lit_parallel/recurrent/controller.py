@@ -70,6 +70,32 @@ class BackwardRecord:
     forward: ForwardRecord | None = None
 
 
+@dataclass
+class _Newest:
+    """What the record of a pass is made of, once that is asked for: it costs the host."""
+
+    solver: str
+    plan: Plan
+    outcome: Outcome
+    forward: Outcome | None
+    length: int
+
+    def record(self) -> BackwardRecord:
+        record = BackwardRecord(self.solver, self.length)
+        self.complete(record)
+        return record
+
+    def complete(self, record: BackwardRecord) -> None:
+        """Fill in how the pass went, as far as that is known."""
+        outcome = self.outcome
+        record.solver = "sequential" if outcome.sequential else self.solver
+        for name in ("iterations", "sweeps", "residual", "error", "block", "halo", "rank", "at_rounding"):
+            setattr(record, name, getattr(outcome, name))
+        if self.plan.tolerance is None:
+            record.residual = record.error = math.nan
+        record.forward = None if self.forward is None else ForwardRecord.of(self.forward)
+
+
 class Controller(Tuner):
     """Solves the backward passes of one layer in one direction.
 
@@ -89,8 +115,8 @@ class Controller(Tuner):
         self._passes: dict[str, int] = {}
         self._zeros: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
         self._probe: tuple[float, float, float] | None = None
-        self._newest: tuple[str, Plan, Outcome, int] | None = None
-        self._forward: ForwardRecord | None = None
+        self._newest: _Newest | None = None
+        self._recorded: _Newest | None = None
         self._record: BackwardRecord | None = None
 
     def timed(self, phase: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -115,16 +141,33 @@ class Controller(Tuner):
             self._zeros[key] = torch.zeros_like(like, memory_format=torch.contiguous_format)
         return self._zeros[key]
 
-    @property
-    def record(self) -> BackwardRecord | None:
-        """Of the newest pass, the same one until there is another; its times are the newest that the device knows."""
+    def record(self, *, wait: bool = True) -> BackwardRecord | None:
+        """Of the newest pass, the same one until there is another; its times are the newest that the device knows.
+
+        Args:
+            wait: For the device to say how the pass went; if not, the record is completed later, once it is asked for
+                again or there is another pass.
+        """
+        self.settle(wait=wait)
         if self._newest is not None:
-            self._record, self._newest = self._record_of(*self._newest), None
+            self._recorded, self._record, self._newest = self._newest, self._newest.record(), None
+            if self._probe is not None:
+                self._record.probe_error, self._record.probe_speedup, self._record.step_speedup = self._probe
         if self._record is not None:
             for phase, watch in self._watches.items():
                 self._times[phase] = watch.milliseconds() or self._times.get(phase)
             self._record.forward_ms, self._record.backward_ms = self._times.get("forward"), self._times.get("backward")
         return self._record
+
+    def settle(self, *, wait: bool = True) -> None:
+        self.ahead.settle(wait=wait)
+        super().settle(wait=wait)
+
+    def _settle(self, tuned: _Tuned) -> None:
+        super()._settle(tuned)
+        if self._recorded is not None and self._recorded.outcome is tuned.outcome:
+            assert self._record is not None
+            self._recorded.complete(self._record)
 
     def backward(self, task: BackwardPass, *, compare: bool = True) -> tuple[Tensor | None, ...]:
         """All gradients of a layer.
@@ -167,29 +210,8 @@ class Controller(Tuner):
         if compare and (ordinary or harder or due):
             self.recheck = False
             self._compare(tuned, run, task, grads, ordinary or run_ordinary(task))
-        self._newest = (tuned.solver, tuned.plans[tuned.solver], outcome, task.input.shape[0])
-        self._forward = self.ahead.record
+        self._newest = _Newest(tuned.solver, tuned.plans[tuned.solver], outcome, self.ahead.newest, len(task.input))
         return grads
-
-    def _record_of(self, solver: str, plan: Plan, outcome: Outcome, length: int) -> BackwardRecord:
-        record = BackwardRecord(
-            "sequential" if outcome.sequential else solver,
-            length,
-            outcome.iterations,
-            outcome.sweeps,
-            outcome.residual,
-            outcome.error,
-            outcome.block,
-            outcome.halo,
-            outcome.rank,
-            outcome.at_rounding,
-        )
-        if plan.tolerance is None:
-            record.residual = record.error = math.nan
-        record.forward = self._forward
-        if self._probe is not None:
-            record.probe_error, record.probe_speedup, record.step_speedup = self._probe
-        return record
 
     def _choose(self, tuned: _Tuned, run: Callable[[], object], input: Tensor, limit: float) -> None:
         """Try the solvers and keep the fastest; one that takes several times as long as another is soon given up."""

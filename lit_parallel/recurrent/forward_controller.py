@@ -21,7 +21,7 @@ from lit_parallel.recurrent.tuning import WARM, Shape, Tuner, _Tuned, shape_of
 
 logger = logging.getLogger(__name__)
 
-_WORTH_IT = 1.2  # times as fast as the ordinary way, or auto takes that: while it is checked, the host can do nothing
+_WORTH_IT = 1.05  # times as fast as the ordinary way, or auto takes that: measurements scatter
 _SOLVER = "jacobi_gs"
 _LONGEST_WALK = 0.25  # of the sequence, step by step: beyond it, PyTorch's own way is faster
 
@@ -47,6 +47,12 @@ class ForwardRecord:
     block: int
     halo: int
 
+    @classmethod
+    def of(cls, outcome: Outcome) -> ForwardRecord:
+        """What an outcome says."""
+        x = outcome
+        return cls(x.iterations, x.sweeps, x.residual, x.error, x.block, x.halo)
+
 
 class ForwardController(Tuner):
     """Solves the forward passes of one layer in one direction.
@@ -66,15 +72,9 @@ class ForwardController(Tuner):
         self._told: dict[Shape | None, str] = {}
 
     @property
-    def record(self) -> ForwardRecord | None:
-        """Of the newest pass; None if that was an ordinary one."""
-        x = self._newest
-        return None if x is None else ForwardRecord(x.iterations, x.sweeps, x.residual, x.error, x.block, x.halo)
-
-    @property
-    def was_parallel(self) -> bool:
-        """Whether the newest pass was."""
-        return self._newest is not None
+    def newest(self) -> Outcome | None:
+        """Of the newest pass, not settled perhaps; None if that was an ordinary one."""
+        return self._newest
 
     def expected_seconds(self, shape: Shape) -> float | None:
         """How long a pass takes; None if that was not measured."""

@@ -67,7 +67,7 @@ def _forward(
                 states = ahead.forward(task)
         else:
             states = ahead.forward(task)
-        return *states, task.factors if ahead.was_parallel else None
+        return *states, None if ahead.newest is None else task.factors
 
 
 def _backward(

@@ -28,6 +28,7 @@ class Plan:
         rank: Columns of the coarse correction; 0: none.
         tolerance: Largest error relative to the norm of what is computed, per sequence; None: one walk, no check.
         sweeps: At most so many, then the chain is walked as one block; None: as many as there are blocks.
+        calm, spare: Passes that a shorter halo would have been enough for, and by how many steps at least.
     """
 
     block: int
@@ -35,6 +36,8 @@ class Plan:
     rank: int = 0
     tolerance: float | None = None
     sweeps: int | None = None
+    calm: int = 0
+    spare: int = 0
 
 
 @dataclass

@@ -13,7 +13,7 @@ from lit_parallel.recurrent.solve import Gain, Plan
 from lit_parallel.recurrent.swap import _forwards, _ParallelForward
 from lit_parallel.recurrent.tuning import Tuner, _Tuned
 
-_OF_A_PROCESS = ("outcome", "captured")  # of the newest pass, and a graph
+_OF_A_PROCESS = ("outcome", "captured", "pending", "in_one_walk")  # of the newest pass, and a graph
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -49,6 +49,7 @@ def _passes(forward: _ParallelForward) -> Iterator[tuple[str, Tuner]]:
 
 
 def _learnt(tuner: Tuner) -> list[dict[str, Any]]:
+    tuner.settle()
     return [
         {name: value for name, value in vars(tuned).items() if name not in _OF_A_PROCESS}
         | {"plans": {solver: dataclasses.asdict(plan) for solver, plan in tuned.plans.items()}}

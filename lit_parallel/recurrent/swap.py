@@ -82,12 +82,17 @@ def restore(module: nn.Module) -> None:
             del layer.forward
 
 
-def records(module: nn.Module) -> dict[str, BackwardRecord]:
-    """What the newest backward passes took, by the names of the layers, such as ``lstm.l0`` and ``lstm.l0_reverse``."""
+def records(module: nn.Module, *, wait: bool = True) -> dict[str, BackwardRecord]:
+    """What the newest backward passes took, by the names of the layers, such as ``lstm.l0`` and ``lstm.l0_reverse``.
+
+    Args:
+        module: The layers, or what contains them.
+        wait: For the device to say how they went; if not, a record may be completed only later.
+    """
     found = {}
     for forward in _forwards(module):
         for controller in forward.controllers.values():
-            if (record := controller.record) is not None:
+            if (record := controller.record(wait=wait)) is not None:
                 found[controller.name] = record
     return found
 

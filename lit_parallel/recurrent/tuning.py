@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 _GAIN_EVERY = 50  # passes between two measurements of how errors grow
 _GUESSED_HALO = 32  # fresh weights forget within so many steps
+_CALM = 4  # passes that would have done with less, until the halo is shortened towards the longest of them
 _AIM = 0.2  # part of the tolerance that halos are chosen for
 _REJECTIONS = 8  # of a graph's results, one after another, until it is given up
 _FORGETFUL = 0.85  # what is left of a vector after a step: a sixth of it per step is gone
 _SHAPES = 4  # of input, that are tuned one by one
 _MOST_SHAPES = 64  # that are remembered
 _NOTHING = torch.empty(0)
+_TINY = 1e-30
 WARM = 2  # passes before one is captured: kernels are compiled, the halo has settled
 _GOOD_REDUCTION = 0.02  # of the error per sweep; a basis that does so is kept
 
@@ -51,6 +53,21 @@ class _Tuned:
     outcome: Outcome | None = None
     captured: CapturedPass | None = None
     rejected: int = 0
+    #: Whether one walk was enough, when the host last looked at it itself.
+    in_one_walk: bool = False
+    pending: _Pending | None = None
+
+
+@dataclass
+class _Pending:
+    """A pass whose graph has been launched, and of which nobody has asked yet how it went."""
+
+    graph: CapturedPass
+    plan: Plan
+    gain: Gain
+    amplification: float
+    length: int
+    outcome: Outcome
 
 
 class Tuner:
@@ -91,13 +108,14 @@ class Tuner:
 
     def _run(self, tuned: _Tuned, task: Task) -> tuple[Tensor | None, ...]:
         """The results of a pass."""
+        self._settle(tuned)
         replayed = self._replay(tuned, task)
         return replayed or task.solved(lambda *arguments: self._solve(tuned, *arguments))
 
     def _replay(self, tuned: _Tuned, task: Task) -> tuple[Tensor | None, ...] | None:
-        """The results by a captured graph; None if there is none, or if one walk was not enough."""
+        """The results by a captured graph; None if there is none."""
         plan, gain, length = tuned.plans.get(tuned.solver), tuned.gains.get(tuned.solver), task.input.shape[0]
-        if plan is None or gain is None or plan.tolerance is None or plan.rank:
+        if plan is None or gain is None or plan.tolerance is None or plan.rank or not tuned.in_one_walk:
             return None
         if not WARM <= tuned.ages.get(tuned.solver, 0) < _GAIN_EVERY or plan.block >= length:
             return None
@@ -111,22 +129,49 @@ class Tuner:
         captured = self._graph_for(tuned, task, results, remembers(plan, gain))
         if captured is None:
             return None
-        captured.start(task, results, plan.halo)
-        # While the device works:
-        tuned.ages[tuned.solver] += 1
         amplification = gain.of_border_errors(plan.block, blocks_of(length, plan.block))
-        outcome = Outcome(_NOTHING, plan.block + plan.halo, block=plan.block, halo=plan.halo)
-        outcome.residual = captured.residual()
-        outcome.error = outcome.residual * amplification
-        if not outcome.error <= plan.tolerance:
-            tuned.rejected += 1
-            if tuned.rejected >= _REJECTIONS:  # such as for a sequence without a gradient: it would go on for ever
-                tuned.captured = None
-            return None
-        tuned.rejected = 0
-        tuned.outcome = outcome
-        adapt_halo(plan, outcome, gain, length)
+        captured.start(task, results, plan.halo, min(plan.tolerance / max(amplification, _TINY), 1.0))
+        tuned.ages[tuned.solver] += 1
+        tuned.outcome = Outcome(_NOTHING, plan.block + plan.halo, block=plan.block, halo=plan.halo)
+        tuned.pending = _Pending(captured, plan, gain, amplification, length, tuned.outcome)
         return results
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Ask how the newest passes went.
+
+        Args:
+            wait: For the device; if not, only what it has finished is asked for.
+        """
+        for tuned in self._tuned.values():
+            if tuned.pending is not None and (wait or tuned.pending.graph.told()):
+                self._settle(tuned)
+
+    def _settle(self, tuned: _Tuned) -> None:
+        """Complete the outcome of a graph's newest pass, and learn from it."""
+        done, tuned.pending = tuned.pending, None
+        if done is None:
+            return
+        plan, outcome = done.plan, done.outcome
+        assert plan.tolerance is not None
+        outcome.residual, second = done.graph.residuals()
+        outcome.error = outcome.residual * done.amplification
+        if math.isfinite(outcome.error):
+            adapt_halo(plan, outcome, done.gain, done.length)
+        if outcome.error <= plan.tolerance:
+            tuned.rejected = 0
+            return
+        longer = min(2 * outcome.halo + outcome.block, done.length)  # as in LaunchedChain.walk_until_right
+        outcome.iterations += outcome.block + longer
+        outcome.sweeps, outcome.residual, outcome.error = 2, second, second * done.amplification
+        if outcome.error <= plan.tolerance:
+            tuned.rejected = 0
+            return
+        outcome.iterations += done.length
+        outcome.sweeps, outcome.residual, outcome.error, outcome.sequential = 3, 0.0, 0.0, True
+        tuned.in_one_walk = False  # the host looks at the next pass
+        tuned.rejected += 1
+        if tuned.rejected >= _REJECTIONS:  # it would go on for ever
+            tuned.captured = None
 
     def _graph_for(
         self, tuned: _Tuned, task: LayerTask, results: tuple[Tensor | None, ...], careful: bool
@@ -158,7 +203,7 @@ class Tuner:
             new, gain = solver not in tuned.gains, self._measure_gain(chain, plan)
             if not math.isfinite(gain.amplification + gain.per_step):  # states are not finite
                 tuned.outcome = solve_chain(chain, Plan(chain.length, 0, 0, plan.tolerance), None, into)
-                tuned.outcome.sequential = True
+                tuned.outcome.sequential, tuned.in_one_walk = True, False
                 meanwhile()
                 return tuned.outcome.initial
             tuned.gains[solver], tuned.ages[solver] = gain, 0
@@ -172,6 +217,7 @@ class Tuner:
         if outcome.sweeps > 1:
             meanwhile()
         tuned.outcome = outcome
+        tuned.in_one_walk = outcome.sweeps == 1 and not outcome.sequential
         if plan.tolerance is not None:
             if plan.rank:
                 self._adapt_rank(tuned, plan, outcome, chain)
@@ -246,7 +292,10 @@ def remembers(plan: Plan, gain: Gain | None) -> bool:
 
 
 def adapt_halo(plan: Plan, outcome: Outcome, gain: Gain, length: int) -> None:
-    """Let the next halo be as long as the error of this one says: longer at once, shorter by and by."""
+    """Let the next halo be as long as the error of this one says: longer at once, shorter after passes that agree.
+
+    Batches differ: a halo that is too short costs a further walk, one that is longer by a step next to nothing.
+    """
     assert plan.tolerance is not None
     if plan.block >= length or outcome.sequential:
         return
@@ -256,5 +305,11 @@ def adapt_halo(plan: Plan, outcome: Outcome, gain: Gain, length: int) -> None:
     else:
         per_step = min(max(gain.per_step, 0.1), 0.999)
         wanted = walked + math.ceil(math.log(_AIM * plan.tolerance / outcome.error) / math.log(per_step))
-    wanted = max(wanted, int(0.9 * plan.halo))
-    plan.halo = min(max(wanted, 1), length - plan.block)
+    if wanted >= plan.halo:
+        plan.halo, plan.calm = min(max(wanted, 1), length - plan.block), 0
+        return
+    spare = plan.halo - max(wanted, 1)
+    plan.spare = min(plan.spare, spare) if plan.calm else spare
+    plan.calm += 1
+    if plan.calm >= _CALM:
+        plan.halo, plan.calm = plan.halo - min(plan.spare, max(1, plan.halo // 4)), 0

@@ -102,6 +102,65 @@ def test_walks_like_the_plain_function(kind, size):
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("launch", [(16, 4, 16, 2, 1), (16, 8, 16, 2, 0)], ids=str)
+def test_parts_that_are_summed_side_by_side_like_the_plain_function(kind, launch, monkeypatch):
+    from lit_parallel.kernels import recurrent as kernels
+
+    plain, kernel = chains(kind, 9, 2, 33)
+    launch = kernels.Launch(*launch[:4], launch[4] or kernel.gates)
+    monkeypatch.setattr(kernels, "_LAUNCHES", {kind: launch})
+    into = torch.full((9, 2, plain.gradient_size), torch.nan, device=DEVICE)
+    exact = torch.empty_like(into).double()
+    ours, theirs = kernel.walk(4, 3, into=into), plain.walk(4, 3, into=exact)
+    assert error(into, exact) < 1e-6
+    assert error(ours.left, theirs.left) < 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("walks", [1, 2, 3])
+def test_walks_until_right_without_the_host_like_the_plain_function(kind, walks):
+    steps, batch, block, halo = 41, 3, 4, 2
+    plain, kernel = chains(kind, steps, batch, 5)
+    found = [plain.disagreement(plain.walk(block, h))().of_solution for h in (halo, 2 * halo + block)]
+    assert found[1] < 0.5 * found[0]
+    limit = {1: 1.01 * found[0], 2: (found[0] * found[1]) ** 0.5, 3: 0.0}[walks]
+    into = torch.full((steps, batch, plain.gradient_size), torch.nan, device=DEVICE)
+    exact, worst = torch.empty_like(into).double(), torch.zeros(2, device=DEVICE)
+    at = torch.tensor([halo], dtype=torch.int32, device=DEVICE)
+    ours = kernel.walk_until_right(block, at, torch.tensor([limit**2], device=DEVICE), into, worst)
+    taken = {1: (block, halo), 2: (block, 2 * halo + block), 3: (steps, 0)}[walks]
+    theirs = plain.walk(*taken, into=exact)
+    assert error(into, exact) < 1e-6
+    assert error(ours.left[0], theirs.left[0]) < 1e-6
+    assert worst[0].sqrt().item() == pytest.approx(found[0], rel=1e-3)
+    if walks > 1:
+        assert worst[1].sqrt().item() == pytest.approx(found[1], rel=1e-3)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", CELLS)
+def test_what_squares_do_not_tell_is_walked_as_one_block(kind):
+    for change in (lambda x: x.mul_(1e-25), lambda x: x.fill_(torch.nan), lambda x: x.zero_()):
+        plain, kernel = chains(kind, 30, 2, 5)
+        for chain in (plain, kernel):
+            for x in (chain.source[:, 1], chain.last[1]):
+                change(x)
+        into = torch.full((30, 2, plain.gradient_size), 7.0, device=DEVICE)
+        exact, worst = torch.empty_like(into).double(), torch.zeros(2, device=DEVICE)
+        at = torch.tensor([1], dtype=torch.int32, device=DEVICE)
+        kernel.walk_until_right(4, at, torch.tensor([1e10], device=DEVICE), into, worst)
+        one_block = bool(worst.isinf().all())
+        assert one_block == bool((plain.source[:, 1] != 0).any())
+        plain.walk(30 if one_block else 4, 0 if one_block else 1, into=exact)
+        assert torch.equal(into.isnan(), exact.isnan())
+        assert error(into[:, 0], exact[:, 0]) < 1e-6
+        if not exact.isnan().any():
+            assert error(into[:, 1], exact[:, 1]) < 1e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_linearises_like_the_plain_function(kind, size):
     from lit_parallel.kernels import recurrent as kernels

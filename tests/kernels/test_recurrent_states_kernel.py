@@ -98,6 +98,26 @@ def test_walks_like_the_plain_function(kind, size, bias):
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("walks", [1, 2, 3])
+def test_walks_until_right_without_the_host_like_the_plain_function(kind, walks):
+    steps, batch, block, halo = 41, 3, 4, 2
+    plain, kernel = chains(kind, steps, batch, 5, True)
+    found = [plain.disagreement(plain.walk(block, h))().of_solution for h in (halo, 2 * halo + block)]
+    assert found[1] < 0.9 * found[0]
+    limit = {1: 1.01 * found[0], 2: (found[0] * found[1]) ** 0.5, 3: 0.0}[walks]
+    into = torch.full((steps, batch, 5), torch.nan, device=DEVICE)
+    exact, worst = torch.empty_like(into).double(), torch.zeros(2, device=DEVICE)
+    at = torch.tensor([halo], dtype=torch.int32, device=DEVICE)
+    ours = kernel.walk_until_right(block, at, torch.tensor([limit**2], device=DEVICE), into, worst)
+    taken = {1: (block, halo), 2: (block, 2 * halo + block), 3: (steps, 0)}[walks]
+    theirs = plain.walk(*taken, into=exact)
+    assert error(kernel.in_time(into), plain.in_time(exact)) < 1e-6
+    assert error(ours.left[0], theirs.left[0]) < 1e-6
+    assert worst[: min(walks, 2)].sqrt().tolist() == pytest.approx(found[: min(walks, 2)], rel=1e-3)
+
+
+@needs_kernels
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_linearises_on_its_way_like_the_plain_function(kind):
     steps, batch, hidden = 23, 2, 5

@@ -193,14 +193,14 @@ def test_memory_that_has_become_long_is_given_up(caplog):
         outputs_of(module, x)
         with torch.no_grad():
             outputs_of(module, x)
-        assert controller.record is not None
+        assert controller.newest is not None
         keep_state(module, 6.0)
         twin = nn.GRU(3, 8).double()
         twin.load_state_dict(module.state_dict())
         with caplog.at_level(logging.INFO):
             for _ in range(3):
                 assert largest_error(outputs_of(module, x), outputs_of(twin, x)) < 1e-9
-    assert controller.record is None
+    assert controller.newest is None
     assert sum("ordinary forward pass" in entry.message for entry in caplog.records) == 1
 
 
@@ -226,7 +226,7 @@ def test_auto_takes_what_is_faster_and_looks_again(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "lit_parallel.recurrent.forward_controller"), torch.no_grad():
         for i in range(24):
             module(x)
-            seen.append(controller.record is not None)
+            seen.append(controller.newest is not None)
             if i == 14:
                 times["parallel"] = 0.5
     assert seen == [False] * 20 + [True] * 4
