@@ -21,6 +21,7 @@ from lit_parallel.kernels.recurrent import (
     add_piece,
     halves_of,
     multiply,
+    multiprocessors,
     put_aside,
     scale_of,
 )
@@ -279,7 +280,8 @@ class KernelStateChain(LaunchedChain, StateChain):
             self.halves, self.scale = halves_of(self.weight)
 
     def preferred_block(self, halo: int) -> int:
-        return self.block_of_full_rounds(halo, self._launch()[0], self._launch()[4])
+        per_program, _, _, _, programs = self._launch()
+        return self.fewest_steps(halo, per_program * programs * multiprocessors(self.last.device))[1]
 
     def walk(
         self, block: int, halo: int = 0, start: Tensor | None = None, *, source: bool = True, into: Tensor | None = None

@@ -246,11 +246,10 @@ class LayerPass(LayerTask, BackwardPass):
             if needed[4]:
                 product = of_hidden[1:].flatten(0, 1).t() @ layer.output[:-1].flatten(0, 1)
                 grads[4] = product.addmm_(of_hidden[0].t(), layer.h_0)
-            if needed[5]:
-                grads[5] = cell.rows_from_input(_column_sums(of_input))
-            if needed[6]:
-                same = grads[5] if cell.pre_activations == cell.gates else None
-                grads[6] = _column_sums(of_hidden) if same is None else same.clone()
+            if needed[5] or needed[6]:
+                sums = _column_sums(p)
+                grads[5] = cell.rows_from_input(cell.of_input(sums, hidden)) if needed[5] else None
+                grads[6] = cell.of_hidden(sums, hidden).clone() if needed[6] else None
 
         initial = solve(chain, p, products)
         if needed[1]:

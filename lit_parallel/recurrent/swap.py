@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS = (nn.RNN, nn.GRU, nn.LSTM)
 _WORTH_IT = 1.05  # times faster than the ordinary way, or auto takes that
+_UNSEEN = 5e-5  # seconds that the host needs for a parallel pass beside what is measured of it
 
 
 def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **chosen: Any) -> list[str]:
@@ -164,7 +165,7 @@ class _ParallelForward:
             return False
         ordinary, parallel = (sum(column) for column in zip(*times, strict=True))
         auto = self.options.solver == "auto"
-        if (_WORTH_IT if auto else 1) * parallel <= ordinary:
+        if (_WORTH_IT * parallel + _UNSEEN if auto else parallel) <= ordinary:
             return False
         self._tell_once(
             "slower",

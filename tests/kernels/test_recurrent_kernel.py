@@ -102,13 +102,13 @@ def test_walks_like_the_plain_function(kind, size):
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
-@pytest.mark.parametrize("launch", [(16, 4, 16, 2, 1), (16, 8, 16, 2, 0)], ids=str)
+@pytest.mark.parametrize("launch", [(16, 8, 16, 2, 0), (16, 4, 64, 2, 0), (16, 8, 128, 2, 1)], ids=str)
 def test_parts_that_are_summed_side_by_side_like_the_plain_function(kind, launch, monkeypatch):
     from lit_parallel.kernels import recurrent as kernels
 
     plain, kernel = chains(kind, 9, 2, 33)
     launch = kernels.Launch(*launch[:4], launch[4] or kernel.gates)
-    monkeypatch.setattr(kernels, "_LAUNCHES", {kind: launch})
+    monkeypatch.setattr(kernels, "_LAUNCHES", {kind: ((launch, 1.0), (launch, 1.0))})
     into = torch.full((9, 2, plain.gradient_size), torch.nan, device=DEVICE)
     exact = torch.empty_like(into).double()
     ours, theirs = kernel.walk(4, 3, into=into), plain.walk(4, 3, into=exact)

@@ -162,19 +162,17 @@ def test_a_layer_by_kernels_like_the_plain_one(kind):
 
 
 @needs_kernels
-def test_blocks_fill_whole_rounds_as_the_plain_count_has_it(monkeypatch):
-    from lit_parallel.kernels import recurrent as kernels
-
-    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 3)
+def test_blocks_fill_whole_rounds_as_the_plain_count_has_it():
     for steps, batch, halo in [(40, 2, 5), (97, 3, 20), (500, 1, 7), (60, 50, 3), (9, 200, 2), (3, 1, 1)]:
         _, chain = chains("rnn_tanh", steps, batch, 4, True)
 
-        def walked(block, chain=chain, halo=halo):  # steps one after another, 2 programs of 4 rows on each of 3
+        def walked(block, chain=chain, halo=halo):  # steps one after another, 24 rows at once
             rounds = -(-blocks_of(chain.length, block) * chain.batch // 24)
             return rounds * (block + halo) if block < chain.length else rounds * block
 
-        block = chain.block_of_full_rounds(halo, 4, 2)
+        fewest, block = chain.fewest_steps(halo, 24)
         assert min(4, steps) <= block <= steps
+        assert fewest == walked(block)
         assert walked(block) == min(walked(other) for other in range(min(4, steps), steps + 1))
 
 
