@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from lit_parallel.checkpoint import as_checkpoint, build_model
 from lit_parallel.config import SampleConfig, TrainConfig, load_config
 from lit_parallel.errors import UserError
 from lit_parallel.runs import alone_in
+from lit_parallel.sampling import shards as shards_module
 from lit_parallel.sampling.pixelcnnpp_fused import FusedPixelCNNppSystem
 from lit_parallel.sampling.predict import SampleIndices, SamplingModule, fitting_into_memory
 from lit_parallel.sampling.sampler import Sampler
@@ -218,6 +220,27 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     assert not any((tmp_path / "shards").iterdir())
 
 
+@pytest.mark.parametrize("file", ["part-00000008.npz", "index-0.jsonl", "index.json"])
+def test_a_full_disk_is_one_line_that_says_how_to_go_on(file, tmp_path, monkeypatch):
+    def full(path, data, mode="wb"):
+        if path.name.startswith(file) and (tmp_path / "shards" / "part-00000004.npz").is_file():
+            raise OSError(28, "No space left on device")
+        write(path, data, mode)
+
+    write = shards_module._write_to_disk
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "_write_to_disk", full)
+        with pytest.raises(UserError) as caught:
+            fill(tmp_path / "shards")
+    assert str(caught.value) == (
+        f"Cannot write '{tmp_path / 'shards' / file}': No space left on device. When that is mended, the same command "
+        f"and output={tmp_path} continues with the missing images."
+    )
+    shards, written = fill(tmp_path / "shards")
+    assert written == {"part-00000008.npz": [8], "index-0.jsonl": [8], "index.json": []}[file]
+    assert torch.equal(shards.read_first(99)[0], images_of(0, 10))
+
+
 # -- the command --------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +364,37 @@ def test_what_was_finished_before_a_kill_is_not_drawn_again(checkpoint, tmp_path
     assert torch.equal(all_images(run_sample(checkpoint, *command)), whole)
     assert drawn == [8, 12, 16]
     assert not list(folder.glob("*.incomplete"))
+
+
+def test_sigterm_ends_the_command_with_one_line_and_the_same_command_goes_on(checkpoint, tmp_path, drawn):
+    command = [*QUIET, "num_samples=600", "batch_size=4", "seed=3", "solver.name=sequential"]
+    command.append(f"output={tmp_path / 'out'}")
+    folder = tmp_path / "out" / "shards"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "sample.py", f"checkpoint={checkpoint}", *command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while len(list(folder.glob("part-*.npz"))) < 3:
+            time.sleep(0.01)
+            assert process.poll() is None, process.communicate()[1]
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, printed
+    assert printed.splitlines()[-1] == f"terminated; go on with: the same command and output={tmp_path / 'out'}"
+    assert "Traceback" not in printed
+    finished = [json.loads(line)["first"] for line in (folder / "index-0.jsonl").read_text().splitlines()]
+    assert 2 <= len(finished) <= 100
+    before = {path: path.stat().st_mtime_ns for path in (folder / f"part-{first:08d}.npz" for first in finished)}
+    continued = all_images(run_sample(checkpoint, *command))
+    assert drawn == [first for first in range(0, 600, 4) if first not in finished]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert torch.equal(all_images(run_sample(checkpoint, *command[:-1])), continued)
 
 
 FLAT = """

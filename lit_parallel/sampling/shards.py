@@ -16,6 +16,7 @@ what has a line and fits its checksum is finished, everything else is drawn agai
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from lit_parallel.errors import UserError, one_line
 from lit_parallel.options import format_value
-from lit_parallel.runs import make_folder, written_whole
+from lit_parallel.runs import make_folder, short_path, written_whole
 from lit_parallel.sampling.autoregressive import Given
 from lit_parallel.sampling.sampler import What
 from lit_parallel.solution import Solution, Status, concatenate
@@ -153,13 +154,14 @@ class Shards:
         data = buffer.getvalue()
         non_finite = [first + i for i, status in enumerate(solution.status) if status is Status.NON_FINITE]
         shard = Shard(first, len(images), hashlib.sha256(data).hexdigest(), non_finite)
-        path, journal = self.folder / shard.file, self._journal(process)
-        with written_whole(path) as incomplete:
-            _write_to_disk(incomplete, data)
-        try:
-            _write_to_disk(journal, f"{json.dumps(shard.line())}\n".encode(), mode="ab")
-        except OSError as error:
-            raise UserError(f"Cannot write '{journal}': {error.strerror}.") from error
+        with self._saying_how_to_go_on():
+            with written_whole(self.folder / shard.file) as incomplete:
+                _write_to_disk(incomplete, data)
+            journal = self._journal(process)
+            try:
+                _write_to_disk(journal, f"{json.dumps(shard.line())}\n".encode(), mode="ab")
+            except OSError as error:
+                raise UserError(f"Cannot write '{journal}': {error.strerror}.") from error
 
     def close(self) -> None:
         """Join what all processes have written into one index.
@@ -241,10 +243,20 @@ class Shards:
     def _write_index(self) -> None:
         shards = [self._shards[first].line() for first in sorted(self._shards)]
         index = {"settings": self._settings, "samples": sum(line["count"] for line in shards), "shards": shards}
-        with written_whole(self._index) as incomplete:
+        with self._saying_how_to_go_on(), written_whole(self._index) as incomplete:
             _write_to_disk(incomplete, json.dumps(index, indent=2).encode())
         for journal in self._journals():
             journal.unlink()
+
+    @contextlib.contextmanager
+    def _saying_how_to_go_on(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            output = short_path(self.folder.parent)
+            raise UserError(
+                f"{error} When that is mended, the same command and output={output} continues with the missing images."
+            ) from error
 
     def _refuse_others(self, settings: dict[str, Any]) -> None:
         for name in {**self._settings, **settings}:
