@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,6 +34,9 @@ _TOP = "general"
 _PIPED_WIDTH = 100
 _AT_ONCE_SECONDS = 2.0
 _STOPPED: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_NO_ANSWER = re.compile(r"gloo/transport/\w+/(pair|buffer|unbound_buffer)\.cc|ncclRemoteError")
+_LOOK_SECONDS = 1.0
+_GRACE_SECONDS = 3.0
 _FLAG_OF_SUFFIX = {".yaml": "--config", ".yml": "--config", ".ckpt": "--checkpoint"}
 
 
@@ -153,13 +157,14 @@ def says_when_interrupted(hint: Callable[[], str]) -> Iterator[None]:
 def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
 
-    A mistake is told in one line on stderr, without a traceback; any other exception is a defect and propagates.
+    A mistake is told in one line on stderr, without a traceback, and so is another process of the run that does not
+    answer (status 1); any other exception is a defect and propagates.
 
     Args:
         main: The command; called with the arguments.
         argv: The arguments (default: those of this process).
     """
-    with _stoppable() as received:
+    with _ending_after_the_first_process(), _stoppable() as received:
         try:
             main(sys.argv[1:] if argv is None else argv)
         except BaseException as error:
@@ -173,6 +178,10 @@ def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
             elif isinstance(error, OSError):
                 reason = error.strerror or first_line(error)
                 _complain(error, f"error: {reason}: '{error.filename or 'is the disk full?'}'")
+            elif _is_left_alone(error):
+                line = "error: another process of the run has ended (and said why, unless it was killed)"
+                _complain(error, f"{line} or cannot be reached", by_all=True)
+                return 1
             else:
                 raise
             return 2
@@ -235,13 +244,49 @@ def _is_ended_by_the_first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" not in os.environ
 
 
-def _complain(error: BaseException, line: str, *, with_hint: bool = True) -> None:
+@contextlib.contextmanager
+def _ending_after_the_first_process() -> Iterator[None]:
+    """End this process, if the first one has started it, soon after that one was killed and could not do it itself.
+
+    It may be waiting for the first one, on a GPU for many minutes, or be writing where the next command will.
+    """
+    first, left = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == first:
+            if left.wait(_LOOK_SECONDS):
+                return
+        if not left.wait(_GRACE_SECONDS):  # it may be about to end by itself
+            print(f"process {_number()}: error: the first process has ended", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    if _is_ended_by_the_first_process():
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+def _is_left_alone(error: BaseException) -> bool:
+    """Whether another process of the run does not answer, which torch tells in the words of what connects them."""
+    from torch import distributed
+
+    unreachable = getattr(distributed, "DistNetworkError", ())
+    return isinstance(error, unreachable) or (isinstance(error, RuntimeError) and bool(_NO_ANSWER.search(str(error))))
+
+
+def _complain(error: BaseException, line: str, *, with_hint: bool = True, by_all: bool = False) -> None:
     """Tell of an error in one line: the first process all, the others what may have happened to them alone."""
     hints = getattr(error, "__notes__", [])
     if _is_first_process():
         print("; ".join([line, *hints] if with_hint else [line]), file=sys.stderr)
-    elif hints and not isinstance(error, Stopped):
-        print(f"process {os.environ.get('RANK') or os.environ.get('LOCAL_RANK')}: {line}", file=sys.stderr)
+    elif by_all or (hints and not isinstance(error, Stopped)):
+        print(f"process {_number()}: {line}", file=sys.stderr)
+
+
+def _number() -> str | None:
+    return os.environ.get("RANK") or os.environ.get("LOCAL_RANK")
 
 
 def _leave(show: Callable[[], None]) -> typing.NoReturn:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_resume import config_of, logged, read
 
+from lit_parallel.cli import run_command, says_when_interrupted
 from lit_parallel.config import save_config
 from train import train
 
@@ -111,10 +112,97 @@ def test_processes_end_together_and_go_on_together(number, status, whom, tmp_pat
     whom(process.pid, number)
     printed = ended(process, status)
     folder = run_folder(tmp_path / "two")
+    assert "Traceback" not in printed
     if status > 0:
         assert printed.splitlines()[-1].endswith(f"go on with: python train.py --resume {folder}")
+    elif whom is os.kill:
+        assert "process 1: error: " in printed
     epoch = read(folder / "checkpoints" / "last.ckpt")["epoch"]
     command = [sys.executable, "train.py", "--resume", folder, f"trainer.max_epochs={epoch + 2}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"goes on after epoch {epoch} " in done.stdout
+
+
+@pytest.mark.distributed
+def test_the_first_process_says_so_when_another_one_was_killed(tmp_path):
+    process = start("made", tmp_path / "two", "trainer.max_epochs=100000")
+    while not list(tmp_path.glob("two/runs/*/*/checkpoints/last.ckpt")):
+        time.sleep(0.1)
+        assert process.poll() is None, process.communicate()[0]
+    (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(other), signal.SIGKILL)
+    printed = ended(process, 1)
+    assert "Traceback" not in printed
+    assert "error: another process of the run has ended" in printed
+    assert printed.rstrip().endswith(f"go on with: python train.py --resume {run_folder(tmp_path / 'two')}")
+
+
+# -- how a process ends that is left alone ----------------------------------------------------------------------------
+
+LEFT_ALONE = "error: another process of the run has ended (and said why, unless it was killed) or cannot be reached"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (RuntimeError, "[/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer."),
+        (RuntimeError, "[/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv"),
+        (torch.distributed.DistNetworkError, "Failed to recv, got 0 bytes. Connection was likely closed."),
+        (torch.distributed.DistBackendError, "NCCL error in: ...\nncclRemoteError: A call failed possibly due to ..."),
+    ],
+    ids=["gloo", "gloo, no answer", "store", "NCCL"],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_process_that_is_left_alone_ends_with_one_line(kind, words, first, monkeypatch, capsys):
+    def command(argv):
+        with says_when_interrupted(lambda: "go on so"):
+            raise kind(words)
+
+    if not first:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_command(command, []) == 1
+    line = f"{LEFT_ALONE}; go on so" if first else f"process 1: {LEFT_ALONE}"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 shapes"), torch.distributed.DistBackendError("NCCL error in: ...\nncclInvalidUsage")],
+)
+def test_other_errors_are_defects(error):
+    def command(argv):
+        raise error
+
+    with pytest.raises(RuntimeError):
+        run_command(command, [])
+
+
+CHILD = """
+import time
+from lit_parallel import cli
+cli._LOOK_SECONDS = cli._GRACE_SECONDS = 0.1
+def wait(argv):
+    print("waits", flush=True)
+    time.sleep(60)
+cli.run_command(wait, [])
+"""
+FIRST = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=os.environ | {"LOCAL_RANK": "1"})
+time.sleep(60)
+"""
+
+
+def test_a_process_ends_after_the_first_one_was_killed():
+    first = subprocess.Popen(
+        [sys.executable, "-c", FIRST, CHILD], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert first.stdout.readline() == "waits\n"
+    finally:
+        first.kill()
+    start = time.monotonic()
+    rest, _ = first.communicate(timeout=50)  # until the other one has ended, which shares the pipe
+    assert rest == "process 1: error: the first process has ended\n"
+    assert time.monotonic() - start < 30
