@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS = (nn.RNN, nn.GRU, nn.LSTM)
 _WORTH_IT = 1.05  # times faster than the ordinary way, or auto takes that
-_UNSEEN = 5e-5  # seconds that the host needs for a parallel pass beside what is measured of it
+_UNSEEN = 2e-4  # seconds, on a slow host, that a parallel pass takes beside what is measured of it
 
 
 def parallelize(module: nn.Module, options: RecurrentOptions | None = None, **chosen: Any) -> list[str]:
