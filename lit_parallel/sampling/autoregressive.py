@@ -163,18 +163,36 @@ class AutoregressiveSystem(TensorSystem):
         check_shape(self.network, parameters, [*x.shape[:2], self.conditional.num_parameters])
         return parameters.to(self.dtype)
 
-    def draw(self, parameters: Tensor, equations: Equations) -> Tensor:
-        """New values ``[batch, width, channels]`` of the named equations, from their parameters."""
+    def draw(self, parameters: Tensor, equations: Equations, samples: Tensor | None = None) -> Tensor:
+        """New values ``[batch, width, channels]`` of the named equations, from their parameters.
+
+        With ``samples`` ``[n]``, places in the batch, all of them are of these only, and equations ``[n, width]``.
+        """
         batch, width = parameters.shape[:2]
         new = self.conditional.sample(
             parameters.reshape(batch * width, -1),
-            select(self.noise, equations).reshape(batch * width, -1),
+            select_of(self.noise, equations, samples).reshape(batch * width, -1),
             self.coupling,
             self.options.temperature,
         ).unflatten(0, (batch, width))
         if self.is_given is not None:
-            new = torch.where(select(self.is_given, equations), select(self.guess, equations), new)
+            guess = select_of(self.guess, equations, samples)
+            new = torch.where(select_of(self.is_given, equations, samples), guess, new)
         return new
+
+
+def select_of(x: Tensor, equations: Equations, samples: Tensor | None) -> Tensor:
+    """Take the named equations' values: of all samples, or of those in these places of the batch.
+
+    Args:
+        x: ``[batch, length, ...]``.
+        equations: Which equations; ``[n, width]`` if only some samples are wanted.
+        samples: ``[n]``, or ``None``: all.
+    """
+    if samples is None:
+        return select(x, equations)
+    assert isinstance(equations, Tensor)
+    return x[samples[:, None], equations]
 
 
 def check_shape(network: nn.Module, parameters: Tensor, wanted: list[int]) -> None:

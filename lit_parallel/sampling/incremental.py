@@ -70,6 +70,11 @@ class Memory:
         self._grid = like.new_zeros(len(like), height + 1, left + width + right, like.shape[1])
         self._rows = self._grid.flatten(0, 1)
 
+    def keep(self, samples: Tensor) -> None:
+        """Remember these samples only, by their places in the batch."""
+        self._grid = self._grid[samples]
+        self._rows = self._grid.flatten(0, 1)
+
     def write(self, x: Tensor, rectangle: Rectangle) -> None:
         """Remember the features ``[batch, features, rows, columns]`` of a part."""
         columns = slice(self.left + rectangle.left, self.left + rectangle.left + rectangle.columns)

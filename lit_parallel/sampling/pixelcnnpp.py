@@ -16,10 +16,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from lit_parallel.networks.causal import CausalConv2d, Surround
 from lit_parallel.networks.pixelcnnpp import RESOLUTIONS, STRIDE, PixelCNNpp, Resample, ResnetPair, Streams, joined
-from lit_parallel.sampling.autoregressive import AutoregressiveSystem, arithmetic
+from lit_parallel.sampling.autoregressive import AutoregressiveSystem, arithmetic, select_of
 from lit_parallel.sampling.incremental import Memory, Rectangle
 from lit_parallel.solvers import Sequential
-from lit_parallel.systems import Equations, Evaluation, TriangularSystem, select, write
+from lit_parallel.systems import Equations, Evaluation, TriangularSystem, write
 
 
 @dataclass
@@ -166,7 +166,7 @@ class IncrementalPixelCNNppSystem(TriangularSystem):
 
     - one equation, an ``int``: the layers that are due at this pixel. Step by step this is cached sequential sampling.
     - per sample ``[batch, width]``: each sample's own window of rows, the one that holds its frontier; as many rows as
-      ``width`` equations take, rounded up to a multiple of 4.
+      ``width`` equations take, rounded up to a multiple of 4. Samples that are finished are left out.
     - anything else: the whole image.
 
     All equations before the frontier must have been evaluated from this iterate, as the solver loop sees to.
@@ -177,10 +177,11 @@ class IncrementalPixelCNNppSystem(TriangularSystem):
 
     @dataclass
     class State:
-        """``x`` ``[batch, length, channels]``, and what is remembered of it."""
+        """``x`` ``[batch, length, channels]``, and what is remembered of it: of ``samples`` ``[n]``, or of all."""
 
         x: Tensor
         memories: Memories
+        samples: Tensor | None = field(default=None, kw_only=True)
 
     def __init__(self, plain: AutoregressiveSystem) -> None:
         assert isinstance(plain.network, PixelCNNpp)
@@ -222,6 +223,9 @@ class IncrementalPixelCNNppSystem(TriangularSystem):
 
     def reset(self, state: State, value: Tensor | None = None) -> None:
         self.plain.reset(state.x, value)
+        if state.samples is not None:
+            state.samples = None
+            state.memories.inputs.clear()
         if value is not None:  # from the initial guess, every row is evaluated before it is read
             self._whole(state)
 
@@ -229,9 +233,33 @@ class IncrementalPixelCNNppSystem(TriangularSystem):
         return state.x.clone()
 
     def evaluate(self, state: State, equations: Equations, frontier: Tensor, running: Tensor | None) -> Evaluation:
+        if running is not None and isinstance(equations, Tensor) and equations.dim() == 2:
+            self._leave_out_finished(state, running, self._rows(equations.shape[1]))
         equations, parameters = self.parameters(state, equations, frontier)
-        new = self.plain.draw(parameters, equations)
-        return write(state.x, equations, new, select(self.plain.guess, equations), running)
+        samples = state.samples
+        new = self.plain.draw(parameters, equations, samples)
+        guess = select_of(self.plain.guess, equations, samples)
+        if samples is None:
+            return write(state.x, equations, new, guess, running)
+        assert running is not None
+        x = state.x[samples]
+        of_samples = write(x, equations, new, guess, running[samples])
+        state.x[samples] = x
+        return _of_batch(of_samples, samples, self.batch_size)
+
+    def _leave_out_finished(self, state: State, running: Tensor, rows: int) -> None:
+        """Forget samples that are finished, once they are an eighth of those whose windows are evaluated.
+
+        On a CPU, whose time they would take. A CUDA graph has one shape.
+        """
+        if self.device.type != "cpu" or rows == self.image[0]:
+            return
+        samples = torch.arange(self.batch_size) if state.samples is None else state.samples
+        in_work = running[samples].nonzero().squeeze(1)
+        if 0 < len(in_work) <= len(samples) * 7 / 8:
+            state.samples = samples[in_work]
+            for memory in state.memories.inputs.values():
+                memory.keep(in_work)
 
     def parameters(self, state: State, equations: Equations, frontier: Tensor) -> tuple[Equations, Tensor]:
         """What is really evaluated, and the conditionals' parameters there, ``[batch, width, num_parameters]``."""
@@ -245,9 +273,12 @@ class IncrementalPixelCNNppSystem(TriangularSystem):
         rows = height if equations is None else self._rows(equations.shape[1])
         if rows == height:
             return None, self._whole(state)
+        x, samples = state.x, state.samples
+        if samples is not None:
+            x, frontier, labels = x[samples], frontier[samples], None if labels is None else labels[samples]
         top = (frontier // (STRIDE * width) * STRIDE).clamp(max=height - rows)
         window = Part.window(state.memories, Rectangle(top, rows, 0, width, self.image), labels)
-        return top[:, None] * width + torch.arange(rows * width, device=self.device), self._evaluate(state.x, window)
+        return top[:, None] * width + torch.arange(rows * width, device=self.device), self._evaluate(x, window)
 
     def _rows(self, width: int) -> int:
         """Rows of a window for so many equations."""
@@ -298,7 +329,7 @@ class IncrementalPixelCNNppSystem(TriangularSystem):
         if isinstance(top, Tensor):
             row = top[:, None] + torch.arange(-2, rectangle.rows, device=self.device)
             inside = row >= 0
-            of_sample = torch.arange(self.batch_size, device=self.device)[:, None] * height
+            of_sample = torch.arange(len(x), device=self.device)[:, None] * height
             seen = grid.flatten(0, 1).index_select(0, (of_sample + row.clamp(min=0)).flatten())
             seen = seen.unflatten(0, row.shape)[:, :, first:end]
         else:
@@ -311,6 +342,17 @@ class IncrementalPixelCNNppSystem(TriangularSystem):
         if inside is not None:
             image = torch.where(inside[:, None, :, None], image, 0)
         return F.pad(image, margins)
+
+
+def _of_batch(evaluation: Evaluation, samples: Tensor, batch_size: int) -> Evaluation:
+    """What an iteration did to some samples, as part of the batch: to the others nothing."""
+
+    def spread(part: Tensor) -> Tensor:
+        return part.new_zeros(batch_size, *part.shape[1:]).index_copy_(0, samples, part)
+
+    assert isinstance(evaluation.equations, Tensor)
+    assert evaluation.value is not None
+    return Evaluation(spread(evaluation.equations), spread(evaluation.change), spread(evaluation.value))
 
 
 def _as_it_is(layer: CausalConv2d, x: Tensor) -> Tensor:

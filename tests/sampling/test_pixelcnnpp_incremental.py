@@ -241,7 +241,8 @@ class NoLooking(TorchDispatchMode):
 
 @pytest.mark.parametrize("equations", [37, None, torch.tensor([3, 17]), torch.zeros(BATCH, 8, dtype=torch.int64)])
 @pytest.mark.parametrize("products", [False, True])
-def test_an_evaluation_never_looks_at_a_number(equations, products):
+def test_an_evaluation_never_looks_at_a_number(equations, products, monkeypatch):
+    monkeypatch.setattr(IncrementalPixelCNNppSystem, "_leave_out_finished", lambda *_: None)  # on a CPU alone
     given = Given(torch.randint(0, 256, (1, 3, 12, 8), dtype=torch.uint8), torch.rand(12, 8) < 0.3)
     system = system_of((3, 12, 8), num_classes=2, given=given)
     if products:
@@ -344,6 +345,32 @@ def test_finished_samples_do_not_change(equations):
     assert not torch.equal(found[1], x[1])
 
 
+@pytest.mark.parametrize("precision", ["full", "bf16"])
+def test_windows_of_finished_samples_are_not_evaluated(precision, monkeypatch):
+    given = Given(torch.randint(0, 256, (1, 1, 12, 8), dtype=torch.uint8), torch.rand(12, 8) < 0.1)
+    system = system_of((1, 12, 8), 8, num_classes=2, given=given, precision=precision, double=precision == "full")
+    seen = []
+    system.network.output.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+    loop = SolverLoop(system, GSJacobi(32), record_residual=True)
+    solutions, counts = [], []
+    for leave_out in (False, True, True):  # again: all of them are there
+        with monkeypatch.context() as patch:
+            if not leave_out:
+                patch.setattr(IncrementalPixelCNNppSystem, "_leave_out_finished", lambda *_: None)
+            solutions.append(loop.run())
+        counts.append(seen.copy())
+        seen.clear()
+    everything, *others = solutions
+    in_work = [int((everything.iterations >= step).sum()) for step in range(1, len(everything.residual) + 1)]
+    assert len(set(in_work)) > 3
+    assert counts[0] == [8] * (1 + len(in_work))  # and the whole image, once
+    assert counts[1] == counts[2] == in_work
+    for solution in others:
+        assert solution.status == [Status.CONVERGED] * 8
+        for name in ("value", "iterations", "evaluations", "frontier", "final_iteration", "residual"):
+            assert torch.equal(getattr(solution, name), getattr(everything, name)), name
+
+
 def test_a_sample_does_not_depend_on_its_neighbours():
     together = system_of((1, 8, 8), batch=4)
     solution = SolverLoop(together, GSJacobi(32)).run()
@@ -399,11 +426,11 @@ def test_a_sample_whose_parameters_are_not_finite_fails_alone_and_is_forgotten()
         loop = SolverLoop(system, solver)
         draw = system.plain.draw
 
-        def sick(parameters, equations, draw=draw):
-            new = draw(parameters, equations)
-            number = torch.arange(64).expand(BATCH, -1)
-            here = select(number, equations) == 20
-            here[[0, 2]] = False
+        def sick(parameters, equations, samples=None, draw=draw):
+            new = draw(parameters, equations, samples)
+            number = torch.arange(64).expand(len(new), -1)
+            sample_numbers = torch.arange(BATCH) if samples is None else samples
+            here = (select(number, equations) == 20) & (sample_numbers == 1)[:, None]
             return torch.where(here[:, :, None], torch.nan, new)
 
         system.plain.draw = sick
