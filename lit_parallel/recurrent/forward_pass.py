@@ -144,6 +144,13 @@ class ForwardPass(LayerTask):
         h, c = initial[:, :hidden], None if layer.c_0 is None else initial[:, hidden:]
         return *(None if x is None else x.to(dtype).contiguous() for x in (output, h, c)), factors
 
+    def by_kernels(self) -> bool:
+        if not super().by_kernels():
+            return False
+        from lit_parallel.kernels.recurrent_states import supports
+
+        return supports(self.layer)
+
     def memory(self) -> int:
         cell = cell_of(self.kind)
         return 4 * self.layer.output.numel() * (2 + cell.gates + cell.factors) + 4 * self.input.numel()

@@ -348,3 +348,17 @@ def test_a_chain_of_states_is_numbered_from_the_end():
     walk = chain.walk(3, 2, into=into)
     assert walk.left.shape == (3, 2, 1, 4)
     assert torch.equal(chain.in_time(into)[-1], walk.left[0, :, 0])
+
+
+def test_what_the_kernel_cannot_hold_is_not_left_to_it(monkeypatch):
+    pytest.importorskip("triton")
+    from lit_parallel.recurrent import forward_pass, layers
+
+    for module in (layers, forward_pass):
+        monkeypatch.setattr(module, "triton_runs_on", lambda device: True)
+    for hidden, holds in ((200, True), (300, False)):  # 1,200 rows of four gates are too many
+        weights = [parameter.detach() for parameter in nn.LSTM(3, hidden).parameters()]
+        states = torch.zeros(2, hidden), torch.zeros(2, hidden)
+        task = forward_pass.ForwardPass("lstm", torch.zeros(5, 2, 3), *states, weights, linearised=True)
+        assert task.by_kernels() is holds
+        assert (task.factors is not None) == holds
