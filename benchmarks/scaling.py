@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,16 @@ def images_in(folder: Path) -> np.ndarray:
     return np.concatenate([np.load(path)["images"] for path in sorted((folder / "shards").glob("part-*.npz"))])
 
 
-def measure(workload: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(
+    workload: str, args: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Train and sample on each number of devices.
+
+    Args:
+        workload: ``made`` or ``pixelcnnpp``.
+        args: Of the command.
+        folder: For what is trained and sampled.
+        keep: Called with what there is after each measurement, so that an end in the midst loses nothing.
 
     Returns:
         The config, and rows of ``training`` and ``sampling``, which tell what :func:`_row` says and, compared with the
@@ -134,16 +142,25 @@ def measure(workload: str, args: argparse.Namespace, folder: Path) -> dict[str, 
     file = f"{workload}_mnist.yaml" if args.accelerator == "gpu" else f"{workload}_mnist5k.yaml"
     config = load_config(TrainConfig, CONFIGS / file, overrides)
     result: dict[str, Any] = {"config": file, "overrides": args.overrides, "batch_size": config.data.batch_size}
-    result["training"] = [training(config, n, args, folder / f"training-{n}") for n in args.devices]
+    result |= {"training": [], "sampling": []}
     checkpoint = args.checkpoint or folder / f"training-{args.devices[0]}" / "checkpoints" / "last.ckpt"
-    result["sampling"] = [sampling(checkpoint, n, args, folder / f"sampling-{n}") for n in args.devices]
-    first = images_in(folder / f"sampling-{args.devices[0]}")
-    for row in result["sampling"]:
-        row["same_images"] = np.array_equal(images_in(folder / f"sampling-{row['devices']}"), first)
-    for rows in (result["training"], result["sampling"]):
-        for row in rows:
-            row["ratio"] = row["images_per_second"] / rows[0]["images_per_second"]
-            row["efficiency"] = row["ratio"] * rows[0]["devices"] / row["devices"]
+
+    def add(what: str, row: dict[str, Any]) -> None:
+        rows = result[what]
+        rows.append(row)
+        row["ratio"] = row["images_per_second"] / rows[0]["images_per_second"]
+        row["efficiency"] = row["ratio"] * rows[0]["devices"] / row["devices"]
+        took = f"{row['images_per_second']:.4g} images/s, {row['command_seconds']:.0f} s in all"
+        print(f"{workload}, {what}, devices: {row['devices']}: {took}", flush=True)
+        keep(result)
+
+    for n in args.devices:
+        add("training", training(config, n, args, folder / f"training-{n}"))
+    for n in args.devices:
+        row = sampling(checkpoint, n, args, folder / f"sampling-{n}")
+        first = images_in(folder / f"sampling-{args.devices[0]}")
+        row["same_images"] = np.array_equal(images_in(folder / f"sampling-{n}"), first)
+        add("sampling", row)
     return result
 
 
@@ -251,8 +268,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report["environment"]["threads"] = args.threads  # of each process
     for workload in args.workload:
         with tempfile.TemporaryDirectory() as folder:
-            report["workloads"][workload] = measure(workload, args, Path(folder))
-        save_report(report, args.output)
+
+            def keep(result: dict[str, Any], workload: str = workload) -> None:
+                report["workloads"][workload] = result
+                save_report(report, args.output)
+
+            measure(workload, args, Path(folder), keep)
     print_rows(report)
     return report
 
