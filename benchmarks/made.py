@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import trained
+from benchmarks.rnn_common import new_report, save_report
 from lit_parallel.cublas import keep_sums_whole
 from lit_parallel.modules.made import MadeModule
-from lit_parallel.report import environment, write_json
 from lit_parallel.sampling.made import FoldedMADE, IncrementalMadeSystem, MadeSystem
 from lit_parallel.sampling.made_fused import FusedMadeSystem
 from lit_parallel.solvers import GSJacobi, Jacobi, JacobiGS, Sequential, SolverLoop
@@ -113,8 +112,8 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     Console(width=180).print(table)
 
 
-def main() -> None:
-    """The command."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.made", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--mnist", metavar="FOLDER", help="folder with MNIST's files (default: train on mnist5k)")
     parser.add_argument("--cifar10", metavar="FOLDER", help="folder with CIFAR-10's files (default: photos32)")
@@ -133,14 +132,12 @@ def main() -> None:
         "--split-sums", action="store_true", help="let cuBLAS split inner dimensions, as it does by default"
     )
     parser.add_argument("--output", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     if not args.split_sums:
         keep_sums_whole()
     device = torch.device(args.device)
-    report: dict[str, Any] = {
-        "command": "python -m benchmarks.made " + " ".join(sys.argv[1:]).partition(" --output")[0],
-        "environment": environment(device) | {"platform": platform.platform()},
+    report = new_report("made", device) | {
         "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG", "default"),
         "samples": args.samples,
         "shapes": {},
@@ -159,9 +156,8 @@ def main() -> None:
         rows = measure(model, args, device)
         report["shapes"][shape] = {"model": facts, "rows": rows}
         print_rows(f"{shape}, {args.samples} images, {report['environment']['device_name']}, float32", rows)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(report, args.output)
+    save_report(report, args.output)
+    return report
 
 
 if __name__ == "__main__":

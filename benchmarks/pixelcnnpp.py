@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import trained
+from benchmarks.rnn_common import new_report, save_report
 from lit_parallel.cublas import keep_sums_whole
 from lit_parallel.modules.autoregressive import AutoregressiveModule
 from lit_parallel.plots import save_image_grid
-from lit_parallel.report import environment, write_json
 from lit_parallel.sampling.compare import compare
 from lit_parallel.sampling.options import COUPLINGS, PRECISIONS, SamplingOptions
 from lit_parallel.sampling.sampler import Sampler, What, has_caches
@@ -143,8 +142,8 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
-def main() -> None:
-    """The command."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns the report."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pixelcnnpp", description=(__doc__ or "").partition("\n")[0]
     )
@@ -162,16 +161,14 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="on a GPU: sequential sampling without CUDA graphs too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file for the results; a grid of samples goes beside it")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     keep_sums_whole()
     model, facts = trained(args.config, args.override, args.checkpoint, args.runs_folder)
     device = torch.device(args.device)
     model = model.to(device).eval()
     facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    report: dict[str, Any] = {
-        "command": "python -m benchmarks.pixelcnnpp " + " ".join(sys.argv[1:]).partition(" --output")[0],
-        "environment": environment(device) | {"platform": platform.platform()},
+    report = new_report("pixelcnnpp", device) | {
         "cublas_workspace_config": os.environ.get("CUBLAS_WORKSPACE_CONFIG", "default"),
         "samples": args.samples,
         "image_shape": list(model.image_shape),
@@ -184,12 +181,11 @@ def main() -> None:
         rows = measure(model, args, coupling, precision)
         print_rows(f"{coupling}, {precision}", rows)
         report["rows"] += rows
-        if args.output:  # after every case: what is measured is kept
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(report, args.output)
+        save_report(report, args.output)  # after every case: what is measured is kept
     if args.output:
         images, _ = Sampler(model, "jacobi", args.samples, args.seed).batch(list(range(args.samples)))
         save_image_grid(images, args.output.with_suffix(".png"))
+    return report
 
 
 if __name__ == "__main__":
