@@ -31,7 +31,7 @@ def sample(config: Any) -> Any:
     from lit_parallel.errors import UserError
     from lit_parallel.modules.autoregressive import AutoregressiveModule
     from lit_parallel.report import print_table, write_results
-    from lit_parallel.runs import alone_in, new_run_folder, newest_checkpoint, run_folder_of, short_path
+    from lit_parallel.runs import alone_in, file_sha256, new_run_folder, newest_checkpoint, run_folder_of, short_path
     from lit_parallel.sampling.given import load_given
     from lit_parallel.sampling.predict import SampleIndices, SamplingModule, ShardWriter, fitting_into_memory
     from lit_parallel.sampling.sampler import What, check_sampler
@@ -45,6 +45,8 @@ def sample(config: Any) -> Any:
     check_trainer(config.trainer)
     checkpoint = Path(config.checkpoint) if config.checkpoint else newest_checkpoint(config.runs_folder)
     model = load(checkpoint)
+    # Which one the newest was, and what it held: a training that goes on writes last.ckpt anew.
+    drawn_from = {"checkpoint": str(checkpoint), "checkpoint_sha256": file_sha256(checkpoint)}
     if not isinstance(model, AutoregressiveModule):
         raise UserError(
             f"'{checkpoint}' holds a {type(model).__name__}, which draws no samples: name the checkpoint of a model of "
@@ -82,7 +84,7 @@ def sample(config: Any) -> Any:
         if trainer.is_global_zero:
             shards.open(
                 settings_of(
-                    checkpoint,
+                    drawn_from["checkpoint_sha256"],
                     what,
                     config.solver,
                     batch_size,
@@ -91,7 +93,7 @@ def sample(config: Any) -> Any:
                 )
             )
             missing = shards.missing(config.num_samples, batch_size)
-        container = to_container(config) | {"checkpoint": str(checkpoint)}  # which one the newest was
+        container = to_container(config) | drawn_from
         logger = build_logger(config.wandb, folder, config=container, experiment=experiment, job_type="sample")
         try:
             module = SamplingModule(model, config.solver, batch_size, what)
@@ -109,7 +111,7 @@ def sample(config: Any) -> Any:
                 shards.close()
                 advice = "the images are kept; add compare.baselines=[] and compare.curves=false"
                 with fitting_into_memory("the comparison of solvers", advice):
-                    results = write_results(config, model.to(device), what, shards, folder, checkpoint, module.choice)
+                    results = write_results(config, model.to(device), what, shards, folder, drawn_from, module.choice)
             rows = [measurement.row() for measurement in results.measurements]
             log_sampling(
                 logger, results.solution, results.images, rows, results.wall_clock_speedup, pictures=results.pictures

@@ -168,7 +168,7 @@ def evaluate(config: Any) -> TrainResult:
     from lit_parallel.config import save_config, to_container
     from lit_parallel.data.datasets import build_data
     from lit_parallel.report import environment, write_json
-    from lit_parallel.runs import new_run_folder, short_path
+    from lit_parallel.runs import file_sha256, new_run_folder, short_path
     from lit_parallel.tracking import build_logger, finish, how_to_look
     from lit_parallel.trainer import build_trainer, check_trainer, ending_together, lightning_refusals
 
@@ -186,7 +186,14 @@ def evaluate(config: Any) -> TrainResult:
     callbacks = build_testing_callbacks(config, model)
     folder = new_run_folder(config.runs_folder, config.experiment)
     container = to_container(config)
-    logger = build_logger(config.wandb, folder, config=container, experiment=config.experiment, job_type="test")
+    sha256 = None if config.checkpoint is None else file_sha256(Path(config.checkpoint))
+    logger = build_logger(
+        config.wandb,
+        folder,
+        config=container | {"checkpoint_sha256": sha256},
+        experiment=config.experiment,
+        job_type="test",
+    )
     try:
         trainer = build_trainer(
             config.trainer,
@@ -205,6 +212,7 @@ def evaluate(config: Any) -> TrainResult:
         save_config(config, folder / "config.yaml")
         report = {
             "checkpoint": config.checkpoint,
+            "checkpoint_sha256": sha256,
             "weights": model.initial_weights if config.checkpoint is None else None,
             "config": container,
             "environment": environment(trainer.strategy.root_device),

@@ -93,7 +93,7 @@ def write_results(
     what: What,
     shards: Shards,
     folder: Path,
-    checkpoint: Path,
+    drawn_from: dict[str, str],
     choice: Choice | None = None,
 ) -> SamplingResults:
     """Read what the processes wrote, measure the baselines on the first batch, and write report and pictures.
@@ -106,7 +106,7 @@ def write_results(
         what: What was sampled.
         shards: All that was sampled.
         folder: The run folder.
-        checkpoint: What the model was loaded from.
+        drawn_from: What the model was loaded from: ``checkpoint``, its path, and ``checkpoint_sha256`` of its content.
         choice: What ``solver.name=auto`` chose.
     """
     solver = config.solver if choice is None else choice.solver
@@ -159,7 +159,7 @@ def write_results(
         f"median of up to {config.compare.repeats} runs"
     )
     report = {
-        "checkpoint": str(checkpoint),
+        **drawn_from,
         "config": to_container(config),
         "environment": facts,
         "certified": bool(solution.certified.all()),

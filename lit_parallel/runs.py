@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -106,6 +107,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     finally:
         _locks.discard(lock)
         os.close(lock)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal: the same weights have the same one, wherever they lie."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder: Path) -> None:

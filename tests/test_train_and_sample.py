@@ -1,5 +1,6 @@
 """The main job, end to end on the CPU: train, sample, and everything that is left behind."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -182,6 +183,9 @@ def test_sampling_is_logged_to_wandb(checkpoint):
     assert (header["run_group"], header["job_type"]) == ("made_mnist5k", "sample")
     assert header["config"]["update"]["solver"]["name"] == "gs_jacobi"
     assert header["config"]["update"]["checkpoint"] == str(checkpoint)
+    weights = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert header["config"]["update"]["checkpoint_sha256"] == weights
+    assert json.loads((results.folder / "report.json").read_text())["checkpoint_sha256"] == weights
     values = logged(records)
     summary = results.solution.summary()
     assert values["solver/iterations_mean"] == [pytest.approx(summary["iterations_mean"])]

@@ -1,5 +1,6 @@
 """DenseNets through the commands, and the test of a checkpoint, which every model has."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -104,6 +105,7 @@ def test_a_checkpoint_gives_the_numbers_of_its_training(trained, runs, named, ca
     report = json.loads((result.folder / "report.json").read_text())
     assert report["metrics"] == result.metrics
     assert report["checkpoint"] == str(trained.checkpoint)
+    assert report["checkpoint_sha256"] == hashlib.sha256(trained.checkpoint.read_bytes()).hexdigest()
     assert report["environment"]["device"] == "cpu"
     printed = capsys.readouterr().out
     assert f"test/accuracy: {result.metrics['test/accuracy']:.3f}" in printed
@@ -137,6 +139,8 @@ def test_a_test_is_logged_as_one(trained, tmp_path):
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     (header,) = [record["run"] for record in records if record["type"] == "run"]
     assert (header["run_group"], header["job_type"]) == ("densenet_mnist5k", "test")
+    weights = hashlib.sha256(trained.checkpoint.read_bytes()).hexdigest()
+    assert header["config"]["update"]["checkpoint_sha256"] == weights
     values = {key: value for record in records for key, value in record.get("history", {}).get("item", {}).items()}
     assert values["test/accuracy"] == pytest.approx(result.metrics["test/accuracy"])
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lit_parallel.errors import UserError, one_line
 from lit_parallel.options import format_value
-from lit_parallel.runs import make_folder, short_path, written_whole
+from lit_parallel.runs import file_sha256, make_folder, short_path, written_whole
 from lit_parallel.sampling.autoregressive import Given
 from lit_parallel.sampling.sampler import What
 from lit_parallel.solution import Solution, Status, concatenate
@@ -269,7 +269,7 @@ class Shards:
 
     def _is_whole(self, shard: Shard) -> bool:
         try:
-            return _sha256(self.folder / shard.file) == shard.sha256
+            return file_sha256(self.folder / shard.file) == shard.sha256
         except OSError:
             return False
 
@@ -279,12 +279,12 @@ class Shards:
 
 
 def settings_of(
-    checkpoint: Path, what: What, solver: SolverOptions, batch_size: int, *, precision: str, device: str
+    checkpoint_sha256: str, what: What, solver: SolverOptions, batch_size: int, *, precision: str, device: str
 ) -> dict[str, Any]:
     """Everything that decides about the bits of the images, by the names of the options.
 
     Args:
-        checkpoint: What the model was loaded from; its content counts, not its name.
+        checkpoint_sha256: Of the file that the model was loaded from: its content counts, not its name.
         what: Seed, options and given pixels.
         solver: Does not count where its results are certified, since those are the same for all solvers.
         batch_size: Samples per evaluation of the network.
@@ -294,7 +294,7 @@ def settings_of(
     exact = (solver.certify or solver.name == "sequential") and solver.max_iterations is None
     deciding = ("name", "block_size", "window", "max_iterations", "absolute_tolerance", "relative_tolerance", "certify")
     return {
-        "checkpoint": f"sha256:{_sha256(checkpoint)}",
+        "checkpoint": f"sha256:{checkpoint_sha256}",
         "seed": what.seed,
         "batch_size": batch_size,
         **{f"sampling.{name}": value for name, value in vars(what.options).items()},
@@ -328,11 +328,6 @@ def _write_to_disk(path: Path, data: bytes, mode: str = "wb") -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of(given: Given) -> str:
