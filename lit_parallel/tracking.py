@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shlex
 import sys
@@ -31,6 +32,7 @@ _INIT_SECONDS = 60.0
 _FINISH_SECONDS = 300.0  # what is not uploaded by then stays on disk, for wandb sync
 _FLUSH_SECONDS = 1.0  # what was logged before then is on disk, whatever ends the process
 _SHOWN_SAMPLES = 100
+_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # the last two are former names
 _REFUSED = re.compile(r"\b40[134]\b|permission", re.IGNORECASE)  # by a server that has answered
 
 
@@ -56,11 +58,13 @@ def build_logger(
             them.
 
     Raises:
-        UserError: If an online run has no API key, or the server refuses it. One that does not answer is done without:
-            the run is an offline one then, after a warning.
+        UserError: If an online run has no API key, or the server refuses it, or the environment has a ``WANDB_MODE``
+            that wandb does not know. A server that does not answer is done without: the run is an offline one then,
+            after a warning.
     """
     if options.mode == "disabled":
         return None
+    _check_environment()
     if getattr(rank_zero_only, "rank", 0) != 0:
         # Silent, but there: Lightning's LearningRateMonitor refuses a Trainer without a logger on every process.
         return WandbLogger(project=options.project, save_dir=folder)
@@ -151,12 +155,27 @@ def _artifact_name(run_id: str) -> str:
 
 
 def has_account() -> bool:
-    """Whether an API key is there; asks neither the user nor the server."""
+    """Whether an API key is there; asks neither the user nor the server.
+
+    Raises:
+        UserError: If the environment has a ``WANDB_MODE`` that wandb does not know.
+    """
+    _check_environment()
     try:
         _check_api_key()
     except UserError:
         return False
     return True
+
+
+def _check_environment() -> None:
+    """Raise a `UserError` about a ``WANDB_MODE`` with which wandb does not start, though the option is what decides."""
+    mode = os.environ.get("WANDB_MODE", "offline")
+    if mode not in _MODES:
+        raise UserError(
+            f"The environment variable WANDB_MODE is '{mode}', and wandb knows only {', '.join(_MODES[:4])}: run "
+            "'unset WANDB_MODE'; the option wandb.mode says what becomes of a run."
+        )
 
 
 def _check_api_key() -> None:

@@ -217,6 +217,25 @@ def refusal(folder: Path, **options) -> str:
     return message
 
 
+@pytest.mark.parametrize("mode", ["", "on-line"])
+def test_a_wandb_mode_that_wandb_does_not_know_is_told(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    message = refusal(tmp_path / "run", mode="online")
+    assert message.startswith(f"The environment variable WANDB_MODE is '{mode}', and wandb knows only online, offline,")
+    assert "'unset WANDB_MODE'" in message
+    with pytest.raises(UserError, match="unset WANDB_MODE"):
+        tracking.has_account()
+    assert build(tmp_path / "run", mode="disabled") is None
+
+
+@pytest.mark.parametrize("mode", tracking._MODES)
+def test_any_other_wandb_mode_changes_nothing(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    logger = build(tmp_path / "run")
+    assert logger.experiment.offline
+    finish(logger)
+
+
 @pytest.mark.parametrize("environment", ["online", "offline"])
 def test_online_without_a_key_is_refused_at_once(tmp_path, monkeypatch, environment):
     monkeypatch.setenv("WANDB_MODE", environment)
