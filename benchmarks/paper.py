@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from lit_parallel.runs import short_path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
 PARTS = ("rnn", "densenet", "made", "pixelcnnpp")
 _TRAINED_FOR = "trainer.max_time=00:00:10:00"  # what the PixelCNN++ of our reports were
 _SAME_TOP_FIVE = 0.95  # of the test images, for Jacobi to have arrived; rounding alone changes some
@@ -98,8 +100,8 @@ def _folder(folder: Path | None) -> list[str]:
 
 
 def _kept(name: str, out: Path, *, runs: bool = True) -> list[str]:
-    """Where the report goes, and the training runs; last, as reports leave out what follows ``--output``."""
-    return [*([f"--runs-folder={out / 'runs'}"] if runs and name != "rnn" else []), "--output", f"{out / name}.json"]
+    """Where the report goes, and the training runs; last, as reports leave out ``--output`` and what follows."""
+    return [f"--output={out / name}.json", *([f"--runs-folder={out / 'runs'}"] if runs and name != "rnn" else [])]
 
 
 def _samples(out: Path, number: int, checkpoint: Path | None = None) -> Command:
@@ -114,6 +116,31 @@ def run(command: Command) -> None:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
+
+
+def publish(part: str, folder: Path) -> list[Path]:
+    """Copy reports and figures of a part to where the repository has its own; returns where they are."""
+    copies: dict[Path, Path] = {}
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+        if path.parent.name == "samples":  # of one call of sample.py, not a benchmark's
+            continue
+        names = dict.fromkeys(["paper", part, *path.relative_to(folder).with_suffix("").parts])
+        name = "_".join([*names, _short_device(json.loads(path.read_text()))])
+        copies[path] = RESULTS / f"{name}.json"
+        of_samples = (path.parent / "samples").glob("*.png") if path.stem == part else ()
+        for picture in filter(Path.exists, [path.with_suffix(".png"), *of_samples]):
+            own = "" if picture.stem == path.stem else f"_{picture.stem}"
+            copies[picture] = FIGURES / f"{name}{own}.png"
+    for path, copy in copies.items():
+        shutil.copyfile(path, copy)
+    return list(copies.values())
+
+
+def _short_device(report: dict[str, Any]) -> str:
+    """``cpu``, or the model of the GPU: ``h100`` of ``NVIDIA H100 80GB HBM3``."""
+    environment = report["environment"]
+    words = environment["device_name"].lower().removeprefix("nvidia ").split()
+    return "cpu" if environment["device"] == "cpu" else words[0]
 
 
 @dataclass(frozen=True)
@@ -396,7 +423,8 @@ python -m benchmarks.paper all --size gpu --mnist FOLDER --cifar10 FOLDER
 ```
 
 Without options they are of a size for a CPU, minutes each, with embedded data. Each prints the commands that it runs,
-and at the end where figures and numbers are.
+and at the end where figures and numbers are: a new folder in `runs/paper`. `--publish` copies them to where the
+repository has its own (`docs/figures`, `benchmarks/results`).
 
 An RNN, ten repeats on one CPU thread ([how](recurrent.md)):
 
@@ -422,14 +450,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=[*PARTS, "all", "table"])
     parser.add_argument("--size", choices=["cpu", "gpu"], default="cpu", help="of networks, data and repeats")
     parser.add_argument("--mnist", metavar="FOLDER", type=Path, help="with MNIST's files (default: embedded digits)")
-    parser.add_argument(
-        "--cifar10",
-        metavar="FOLDER",
-        type=Path,
-        help="with CIFAR-10's files, for --size gpu (default: embedded photos)",
-    )
+    parser.add_argument("--cifar10", metavar="FOLDER", type=Path, help="with CIFAR-10's files, for --size gpu")
     parser.add_argument(
         "--checkpoint", metavar="PATH", type=Path, help="of densenet or pixelcnnpp, instead of training a network"
+    )
+    parser.add_argument(
+        "--publish", action="store_true", help="copy figures into docs/figures, numbers into benchmarks/results"
     )
     parser.add_argument(
         "--output", type=Path, help="folder (default: a new one in runs/paper); of the table: a Markdown file"
@@ -455,6 +481,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in parts:
         for command in commands(part, args):
             run(command)
+        for path in publish(part, args.output / part) if args.publish else []:
+            print(f"published: {short_path(path)}")
     print("Figures and numbers: " + ", ".join(str(short_path(args.output / part)) for part in parts))
     print("Beside the published numbers: python -m benchmarks.paper table")
 

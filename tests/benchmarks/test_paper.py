@@ -114,7 +114,7 @@ def test_paths_are_those_of_the_user_and_the_end_says_where(monkeypatch, tmp_pat
     monkeypatch.setattr(paper, "run", seen.append)
     paper.main(["made", "--mnist", "digits", "--output", "here"])
     assert f"--mnist={tmp_path / 'digits'}" in seen[0]
-    assert str(tmp_path / "here" / "made" / "mnist" / "made.json") in seen[0]
+    assert f"--output={tmp_path / 'here' / 'made' / 'mnist' / 'made.json'}" in seen[0]
     assert "Figures and numbers: here/made" in capsys.readouterr().out
     (tmp_path / "here" / "made").mkdir(parents=True)
     with pytest.raises(UserError, match="'here/made' holds an earlier run: name another --output"):
@@ -122,6 +122,38 @@ def test_paths_are_those_of_the_user_and_the_end_says_where(monkeypatch, tmp_pat
     assert len(seen) == 2
     paper.main(["rnn"])
     assert capsys.readouterr().out.startswith("Figures and numbers: runs/paper/2")
+
+
+def test_figures_and_numbers_are_published_on_request_only(monkeypatch, tmp_path, capsys):
+    on_cpu = {"environment": {"device": "cpu", "device_name": "AMD EPYC"}}
+    on_gpu = {"environment": {"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3"}}
+
+    def run(command):
+        output = next(Path(word.partition("=")[2]) for word in command if word.lstrip("-").startswith("output="))
+        if command[0] == "sample.py":
+            output.mkdir(parents=True)
+            (output / "report.json").write_text("{}")
+            (output / "strips.png").write_text("strips")
+        else:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(on_gpu if "gpu" in str(output) else on_cpu))
+            output.with_suffix(".png").write_text("figure")
+
+    for name, folder in (("RESULTS", tmp_path / "results"), ("FIGURES", tmp_path / "figures")):
+        folder.mkdir()
+        monkeypatch.setattr(paper, name, folder)
+    monkeypatch.setattr(paper, "run", run)
+    paper.main(["made", "--output", str(tmp_path / "one")])
+    assert not [*(tmp_path / "results").iterdir(), *(tmp_path / "figures").iterdir()]
+    paper.main(["all", "--output", str(tmp_path / "two"), "--publish"])
+    paper.main(["pixelcnnpp", "--size", "gpu", "--checkpoint", "p", "--output", str(tmp_path / "gpu"), "--publish"])
+    assert "published: " in capsys.readouterr().out
+    numbers = [f"paper_{name}_cpu" for name in ("rnn", "densenet", "made_mnist", "pixelcnnpp_mnist")]
+    numbers += ["paper_pixelcnnpp_h100", "paper_pixelcnnpp_ladder_h100"]
+    assert sorted(path.stem for path in (tmp_path / "results").iterdir()) == sorted(numbers)
+    strips = [f"paper_{name}_strips" for name in ("made_mnist_cpu", "pixelcnnpp_mnist_cpu", "pixelcnnpp_h100")]
+    assert sorted(path.stem for path in (tmp_path / "figures").iterdir()) == sorted([*numbers, *strips])
+    assert (tmp_path / "figures" / "paper_made_mnist_cpu_strips.png").read_text() == "strips"
 
 
 def test_the_page_is_what_the_reports_say(tmp_path):
