@@ -138,8 +138,8 @@ def main(argv: Sequence[str]) -> None:
         description="Sample a trained model by parallel iteration, with the same result as sequentially.",
         examples=[
             "python sample.py",
-            "python sample.py --checkpoint PATH solver.name=jacobi_gs solver.block_size=28 seed=7",
-            "python sample.py num_samples=1000 batch_size=100 trainer.devices=2 compare.baselines=[]",
+            "python sample.py --checkpoint PATH solver.name=jacobi_gs solver.block_size=28",
+            "python sample.py num_samples=1000 trainer.devices=2 compare.baselines=[]",
         ],
     )
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -309,7 +309,7 @@ def main(argv: Sequence[str]) -> None:
         program="python train.py",
         description="Train a model, or test a checkpoint; everything it leaves is in runs/<experiment>/<time>/.",
         examples=[
-            "python train.py --config configs/made_cifar10.yaml trainer.max_epochs=3 data.folder=PATH",
+            "python train.py --config configs/made_cifar10.yaml data.folder=PATH",
             "python train.py --resume runs/made_cifar10/2026-01-01_12-00-00",
             "python train.py --config configs/densenet_mnist5k.yaml stage=test",
         ],

@@ -475,7 +475,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prog="python -m benchmarks.densenet", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--checkpoint", type=Path, help="take this one (of --config) instead of training")
-    parser.add_argument("--config", default="densenet_cifar10.yaml" if on_gpu else "densenet_mnist5k.yaml")
+    config = "densenet_cifar10.yaml" if on_gpu else "densenet_mnist5k.yaml"
+    parser.add_argument("--config", default=config, help="a file in configs/ (here: %(default)s)")
     parser.add_argument("--override", nargs="*", default=[], help="key=value for the training and its data")
     parser.add_argument("--runs-folder", type=Path, help="keep the training run here")
     parser.add_argument("--published", default="densenet201", help="the large network")
@@ -485,9 +486,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--images", type=int, default=1024, help="test images, at most")
     parser.add_argument("--double-images", type=int, default=256, help="of which so many are followed in float64")
     parser.add_argument("--large-images", type=int, default=64, help="of which so many are enlarged")
-    parser.add_argument("--networks", nargs="*", choices=["published", "trained"], help="to time (default: on a GPU)")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument(
+        "--networks",
+        nargs="*",
+        choices=["published", "trained"],
+        metavar="NETWORK",
+        help="to time: %(choices)s (default: on a GPU)",
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="images evaluated at once")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        default=list(PRECISIONS),
+        metavar="PRECISION",
+        help="%(choices)s (default: all)",
+    )
     parser.add_argument("--settings", nargs="*", type=_settings, default=SETTINGS, metavar="WxI", help="of GS-Jacobi")
     parser.add_argument("--jacobi", nargs="*", type=int, default=JACOBI, help="iterations of Jacobi")
     parser.add_argument("--windows", nargs="*", type=int, default=[4, 8], help="of which iterations are counted")
@@ -497,7 +511,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--compile-seconds", type=float, default=600, help="to wait for torch.compile; 0: without it")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of random weights")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="where to run (here: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file for the results; a figure goes beside it")
     args = parser.parse_args(argv)
 

@@ -71,12 +71,12 @@ def finish(model: PixelCNNppModule, images: Tensor, args: argparse.Namespace) ->
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finish_training", description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="of a PixelCNN++")
+    parser.add_argument("output", type=Path, help="the checkpoint to write")
     parser.add_argument("--folder", help="folder with the official files of the checkpoint's data")
-    parser.add_argument("--seconds", type=float, default=240.0)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seconds", type=float, default=240.0, help="how long to train (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate to begin with (%(default)s)")
     parser.add_argument("--decay", type=float, default=0.998, help="of the moving average")
     args = parser.parse_args()
     if not torch.cuda.is_available():

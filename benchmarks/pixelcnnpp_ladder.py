@@ -216,14 +216,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prog="python -m benchmarks.pixelcnnpp_ladder", description=(__doc__ or "").partition("\n")[0]
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, help="a trained PixelCNN++")
-    model.add_argument("--random", choices=SHAPES, help="random weights for images of this shape")
+    model.add_argument("--checkpoint", type=Path, metavar="PATH", help="a trained PixelCNN++")
+    model.add_argument("--random", choices=SHAPES, metavar="SET", help="random weights, for images of %(choices)s")
     parser.add_argument("--filters", type=int, default=160, help="with --random")
     parser.add_argument("--resnets", type=int, default=5, help="with --random")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="images, from few to many")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS[:-1]), help="(default: all but jacobi_gs)")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=list(WAYS[:-1]),
+        metavar="WAY",
+        help="%(choices)s (default: all but jacobi_gs)",
+    )
     parser.add_argument("--window-rows", type=int, nargs="*", default=[4, 8, 12, 16], help="windows of GS-Jacobi")
-    parser.add_argument("--sequential-steps", type=int, help="steps of sequential sampling to run (default: all)")
+    parser.add_argument(
+        "--sequential-steps", type=int, metavar="N", help="steps of sequential sampling to run (default: all)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of every way")
     parser.add_argument(
         "--seconds-limit",
@@ -233,7 +242,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise, and of random weights")
     parser.add_argument("--threads", type=int, help="on a CPU (default: all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run (here: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the results; a figure goes beside it")
     args = parser.parse_args(argv)
 

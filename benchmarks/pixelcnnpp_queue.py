@@ -64,10 +64,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pixelcnnpp_queue", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="a PixelCNN++ (default: a small one is trained, in a minute)")
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256, help="how many to sample (%(default)s)")
     parser.add_argument("--slots", type=int, default=16, help="images in work at a time")
     parser.add_argument("--rows", type=int, default=4, help="rows of a window")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
     args = parser.parse_args(argv)
     model, facts = trained("pixelcnnpp_mnist5k.yaml", SMALL, args.checkpoint, None)

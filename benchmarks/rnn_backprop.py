@@ -340,18 +340,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.rnn_backprop", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS)
+    parser.add_argument(
+        "--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL", help="%(choices)s (default: all)"
+    )
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, metavar="BxTxH", help="batch x time x hidden")
-    parser.add_argument("--memory", nargs="+", default=["short", "long"], choices=["short", "long"])
-    parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=SOLVERS)
+    parser.add_argument(
+        "--memory",
+        nargs="+",
+        default=["short", "long"],
+        choices=["short", "long"],
+        metavar="MEMORY",
+        help="short: fresh weights; long: trained ones (default: both)",
+    )
+    parser.add_argument(
+        "--solvers",
+        nargs="+",
+        default=list(SOLVERS),
+        choices=SOLVERS,
+        metavar="SOLVER",
+        help="%(choices)s (default: all)",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of every way")
     parser.add_argument("--case-seconds", type=float, default=2.0, help="fewer runs (3 at least) of slower cases")
     parser.add_argument("--train-seconds", type=float, default=20.0, help="at most, for each network of long memory")
     parser.add_argument("--train-length", type=int, help="steps of its sequences (default: 200; on a CPU 100)")
     parser.add_argument("--tf32", default="off", choices=["off", "on"], help="on: in the ordinary way, as by default")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and sequences")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="where to run (here: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args(argv)
 

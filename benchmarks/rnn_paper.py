@@ -171,12 +171,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prog="python -m benchmarks.rnn_paper", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--data", default="mnist5k", choices=["mnist5k", "mnist"], help="mnist5k needs no download")
-    parser.add_argument("--iterations", type=int, nargs="+", default=[10, 20, 30, 50, 80], help="K")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--iterations", type=int, nargs="+", default=[10, 20, 30, 50, 80], help="Jacobi iterations K")
+    parser.add_argument("--repeats", type=int, default=10, help="trainings, each of another seed (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of training, for each K (%(default)s)")
     parser.add_argument("--error-images", type=int, default=5, help="images that gradient errors are a mean over")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU; the products are small")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run (here: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the results; the figure goes beside it")
     args = parser.parse_args(argv)
 

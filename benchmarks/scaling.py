@@ -218,12 +218,19 @@ def print_rows(report: dict[str, Any]) -> None:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="the first one is compared with")
-    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument("--workload", nargs="+", choices=["made", "pixelcnnpp"], default=["pixelcnnpp"])
+    parser.add_argument(
+        "--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="auto: GPUs where there are some"
+    )
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        choices=["made", "pixelcnnpp"],
+        default=["pixelcnnpp"],
+        metavar="MODEL",
+        help="%(choices)s (default: pixelcnnpp)",
+    )
     parser.add_argument("--steps", type=int, default=60, help="training steps that are timed")
     parser.add_argument("--warm-up", type=int, default=10, help="training steps before these")
     parser.add_argument("--batch-size", type=int, help="of training, on each device (default: the config's)")

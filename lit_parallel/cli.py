@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import typing
@@ -60,8 +61,8 @@ class _Program:
         if "checkpoint" in fields_of(self.schema):
             flags["--checkpoint"] = ("PATH", "the same as checkpoint=PATH")
         if self.resumes:
-            flags["--resume"] = ("PATH", "go on with the interrupted run in this folder, instead of --config")
-        flags["--help"] = ("[GROUP]", "this page, the options of one group below, or of all (--help all)")
+            flags["--resume"] = ("PATH", "go on with the interrupted run in this folder")
+        flags["--help"] = ("[GROUP]", "this page, the options of one group, or all (--help all)")
         flags["--version"] = ("", "the version of lit-parallel")
         return flags
 
@@ -320,7 +321,7 @@ def _unknown_flag(page: _Program, flag: str, value: str) -> str:
 
 def _print_help(page: _Program, topic: str) -> None:
     console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _PIPED_WIDTH
     defaults = page.schema()
     if not topic:
@@ -341,8 +342,11 @@ def _print_overview(console: Console, page: _Program, defaults: Any) -> None:
     general = ", ".join(name for name, spec in specs.items() if isinstance(spec, Option))
     groups = {name: spec.help for name, spec in specs.items() if isinstance(spec, Group)}
     flags = {f"{flag} {metavar}".rstrip(): text for flag, (metavar, text) in page.flags.items()}
-    usage = " ".join(f"[{flag} {metavar}]" for flag, (metavar, _) in page.flags.items() if metavar == "PATH")
-    console.print(f"usage: {page.name} {usage} [key=value ...]\n\n{page.description}\n", soft_wrap=True)
+    usage = [f"[{flag} {metavar}]" for flag, (metavar, _) in page.flags.items() if metavar == "PATH"]
+    _print_text(console, f"usage: {page.name} ", *usage, "[key=value ...]")
+    console.print()
+    _print_text(console, "", *page.description.split())
+    console.print()
     _print_rows(console, flags)
     console.print("\nOptions, set as key=value or GROUP.key=value:")
     _print_rows(console, {_TOP: general, **groups})
@@ -354,7 +358,22 @@ def _print_overview(console: Console, page: _Program, defaults: Any) -> None:
 def _print_rows(console: Console, rows: dict[str, str]) -> None:
     width = max(len("--checkpoint PATH"), *map(len, rows))
     for name, text in rows.items():
-        console.print(f"  {name:<{width}}  {text}", soft_wrap=True)
+        _print_text(console, f"  {name:<{width}}  ", *text.split())
+
+
+def _print_text(console: Console, before: str, *words: str) -> None:
+    """Print words in lines that end where the terminal does, below one another; a word may have spaces."""
+    unbroken = " ".join(word.replace(" ", "\0") for word in words)
+    indent = " " * len(before)
+    lines = textwrap.wrap(
+        unbroken,
+        console.width,
+        initial_indent=before,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    console.print("\n".join(lines).replace("\0", " "), soft_wrap=True)
 
 
 def _print_group(console: Console, key: str, member: Any) -> None:
