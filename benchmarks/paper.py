@@ -444,11 +444,16 @@ A MADE on digits ([how](made.md)), and samples of a PixelCNN++ on their way ([ho
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "part",
+        choices=[*PARTS, "all", "table"],
+        metavar="PART",
+        help="figures and numbers of %(choices)s; the last: published numbers beside ours and the rival's",
     )
-    parser.add_argument("part", choices=[*PARTS, "all", "table"])
-    parser.add_argument("--size", choices=["cpu", "gpu"], default="cpu", help="of networks, data and repeats")
+    parser.add_argument(
+        "--size", choices=["cpu", "gpu"], default="cpu", help="of networks, data and repeats (%(default)s)"
+    )
     parser.add_argument("--mnist", metavar="FOLDER", type=Path, help="with MNIST's files (default: embedded digits)")
     parser.add_argument("--cifar10", metavar="FOLDER", type=Path, help="with CIFAR-10's files, for --size gpu")
     parser.add_argument(
@@ -458,7 +463,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--publish", action="store_true", help="copy figures into docs/figures, numbers into benchmarks/results"
     )
     parser.add_argument(
-        "--output", type=Path, help="folder (default: a new one in runs/paper); of the table: a Markdown file"
+        "--output",
+        metavar="PATH",
+        type=Path,
+        help="folder (default: a new one in runs/paper); of the table: a Markdown file",
     )
     args = parser.parse_args(argv)
     if args.part == "table":
