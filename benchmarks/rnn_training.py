@@ -8,12 +8,14 @@ be named, with overrides; without, it is the adding problem of ``configs/rnn_add
 Two float32 trainings drift apart by rounding alone, faster the longer they last; how fast is measured as well, by a
 third training with the ordinary backward pass whose first weights are wrong in the last bit. Times are wall-clock per
 training step, with the device synchronised after each, the first steps (compilation, tuning) apart. The iterations that
-each layer takes, backward and with ``forward=true`` forward, tell how its memory grows while it learns.
+each layer takes, backward and with ``forward=true`` forward, tell how its memory grows while it learns. Each training
+ends with one validation, the ordinary way.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -91,12 +93,14 @@ def run(config: TrainConfig, how: str) -> dict[str, Any]:
             config.trainer, callbacks=callbacks, logger=False, enable_checkpointing=False, default_root_dir=folder
         )
         trainer.fit(model, datamodule=data)
+        validated = _validate(config, model, data)
     seconds = [after - before for before, after in zip(recorder.times, recorder.times[1:], strict=False)]
     settled = seconds[_SETTLING:] or seconds
     return {
         "how": how,
         "device": trainer.strategy.root_device.type,
         "loss": torch.stack(recorder.losses).tolist(),
+        "validation": validated,
         "ms_per_step": 1e3 * statistics.median(settled),
         "seconds": sum(seconds),
         "seconds_of_first_steps": sum(seconds[:_SETTLING]),
@@ -105,11 +109,27 @@ def run(config: TrainConfig, how: str) -> dict[str, Any]:
     }
 
 
+def _validate(config: TrainConfig, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
+    """What validation logs, of a model as it is; nothing if nothing was held out."""
+    options = dataclasses.replace(config.trainer, limit_val_batches=None)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(
+            options, callbacks=[], logger=False, enable_checkpointing=False, default_root_dir=folder
+        )
+        (metrics,) = trainer.validate(model, datamodule=data, verbose=False) or ({},)
+    return dict(metrics)
+
+
 def shown_iterations(taken: list[int | None], parts: int = 6) -> str:
     """Iterations at the beginning, in between and at the end; a dash for the ordinary way."""
     last = len(taken) - 1
     at = sorted({round(part * last / (parts - 1)) for part in range(parts)})
     return ", ".join(f"{'-' if taken[i] is None else taken[i]} (step {i + 1})" for i in at)
+
+
+def shown_metrics(metrics: dict[str, float]) -> str:
+    """Metrics by name."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def deviation(losses: list[float], reference: list[float]) -> list[float]:
@@ -177,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for each in runs:
         print(
             f"{each['how']}: {each['ms_per_step']:.2f} ms per step, {each['seconds']:.2f} s in all, last loss "
-            f"{each['loss'][-1]:.6f} {each['solved_by'] or ''}"
+            f"{each['loss'][-1]:.6f}, {shown_metrics(each['validation'])} {each['solved_by'] or ''}"
         )
     for name, taken in parallel["iterations"].items():
         for phase in ("forward", "backward"):

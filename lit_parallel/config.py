@@ -199,7 +199,7 @@ class TrainConfig:
     # One of MODEL_OPTIONS, as model.name says.
     model: Any = group(MadeOptions, "the network", kinds=MODEL_OPTIONS)
     # One of DATA_OPTIONS, as data.name says.
-    data: Any = group(DataOptions, "images, or sequences of numbers", kinds=DATA_OPTIONS)
+    data: Any = group(DataOptions, "images, sequences of numbers, or a text", kinds=DATA_OPTIONS)
     optimizer: OptimizerOptions = group(OptimizerOptions, "AdamW or SGD, and the learning rate")
     compile: bool = option(False, "compile the network for training (torch.compile); the first steps take longer")
     solver: SolverOptions = group(SolverOptions, "how samples are drawn while training")

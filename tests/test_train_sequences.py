@@ -34,6 +34,7 @@ TINY = {
     "rnn_mnist5k": [],
     "rnn_pixels_lstm": ["data.name=mnist5k", "data.side=5", *SHORT],
     "rnn_pixels_gru": ["data.name=mnist5k", "data.side=5", *SHORT],
+    "rnn_characters": ["data.length=12", "data.batch_size=8", *SHORT],
     "rnn_adding": ["data.length=12", "data.size=100", "data.test_size=20", "data.batch_size=8", *SHORT],
 }
 ADDING = ["model.hidden_size=8", *TINY["rnn_adding"]]
@@ -146,6 +147,7 @@ def test_a_trial_run(path, tmp_path):
         (["sampling.temperature=0.5"], "Option 'sampling.temperature' says how samples are drawn"),
         (["callbacks.sample_grid.num_samples=4"], "Option 'callbacks.sample_grid.num_samples' says how"),
         (["model.task=classification"], "model.task=classification needs images"),
+        (["model.task=next_character"], "data.name=adding is not for model.task=next_character: set model.task=regres"),
         (["callbacks.early_stopping.enabled=true", "data.validation_fraction=0"], "needs validation data"),
     ],
 )

@@ -18,10 +18,12 @@ class AddingData(InMemoryData):
     depend on the seed, the test sequences do not.
 
     Attributes:
+        task: What a model of it has to be told (``model.task``).
         target_variance: The mean squared error of always answering 1, the mean.
     """
 
     name = "adding"
+    task = "regression"
     target_variance = 1 / 6
     options: AddingOptions
 

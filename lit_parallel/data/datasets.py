@@ -3,6 +3,7 @@
 from typing import overload
 
 from lit_parallel.data.adding import AddingData
+from lit_parallel.data.characters import CharactersData
 from lit_parallel.data.cifar10 import Cifar10Data
 from lit_parallel.data.image_data import ImageData
 from lit_parallel.data.image_folder import ImageFolderData
@@ -15,7 +16,7 @@ from lit_parallel.errors import UserError, did_you_mean
 
 _KINDS: tuple[type[SplitData], ...] = (
     *(Mnist5kData, MnistData, Cifar10Data, Photos32Data),
-    *(AddingData, ImageFolderData),
+    *(AddingData, CharactersData, ImageFolderData),
 )
 DATASETS: dict[str, type[SplitData]] = {kind.name: kind for kind in _KINDS}
 

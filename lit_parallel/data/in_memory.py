@@ -17,7 +17,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         inputs: ``[n, ...]``.
-        targets: A label or a number for each, ``[n]``.
+        targets: A label or a number for each, ``[n]``, or a row of them, ``[n, time]``.
     """
 
     inputs: Tensor

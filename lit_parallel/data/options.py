@@ -44,6 +44,15 @@ class AddingOptions(LoaderOptions):
 
 
 @dataclass
+class CharactersOptions(LoaderOptions):
+    """A text, cut into pieces whose characters are predicted one after another."""
+
+    name: str = option("characters", "the kind of data", choices=("characters",))
+    length: int = option(256, "characters of a piece", minimum=2, maximum=1 << 24)
+    file: str | None = option(None, "a text file in UTF-8 (null: the manual that comes with Python)")
+
+
+@dataclass
 class ImageFolderOptions(LoaderOptions):
     """Image files in folders of their classes, as ImageNet comes: train/CLASS/*.JPEG and val/CLASS/*.JPEG."""
 
@@ -59,5 +68,6 @@ class ImageFolderOptions(LoaderOptions):
 DATA_OPTIONS: dict[str, type] = {
     **dict.fromkeys(IMAGE_NAMES, DataOptions),
     "adding": AddingOptions,
+    "characters": CharactersOptions,
     "image_folder": ImageFolderOptions,
 }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lit_parallel.options import MAX_SEED, option
 
-TASKS = ("next_pixel", "classification", "regression")
+TASKS = ("next_pixel", "classification", "regression", "next_character")
 CELLS = ("softplus", "rnn", "rnn_relu", "gru", "lstm")
 ARCHITECTURES = ("densenet121", "densenet161", "densenet169", "densenet201", "cifar", "custom")
 
@@ -43,10 +43,14 @@ class PixelCNNppOptions:
 
 @dataclass
 class RnnOptions:
-    """A recurrent network that predicts pixels, or answers when it has read a sequence."""
+    """A recurrent network that predicts pixels or characters, or answers when it has read a sequence."""
 
     name: str = option("rnn", "the kind of model", choices=("rnn",))
-    task: str = option("next_pixel", "next_pixel and classification of images; regression of sequences", choices=TASKS)
+    task: str = option(
+        "next_pixel",
+        "next_pixel and classification of images; regression of sequences; next_character of texts",
+        choices=TASKS,
+    )
     cell: str = option("lstm", "what is computed at every time step", choices=CELLS)
     hidden_size: int = option(128, "numbers in a hidden state", minimum=1, maximum=1 << 20)
     layers: int = option(1, "recurrent layers, one upon the other", minimum=1, maximum=1000)

@@ -1,7 +1,8 @@
-"""Recurrent networks as LightningModules: predicting pixels, and answering when a sequence has been read."""
+"""Recurrent networks as LightningModules: predicting pixels or characters, and answering at the end of a sequence."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from lit_parallel.errors import UserError
 from lit_parallel.modules.conditional import ConditionalModule
 from lit_parallel.modules.options import OptimizerOptions, RnnOptions
 from lit_parallel.modules.supervised import SupervisedModule
+from lit_parallel.networks.characters import NextCharacter
 from lit_parallel.networks.rnn import LastState, NextLevel, Recurrence, build_recurrence
 from lit_parallel.sampling.positions import Positions
 
@@ -42,8 +44,7 @@ class NextPixelModule(ConditionalModule):
         config: dict[str, Any] | None = None,
     ) -> None:
         channels, height, width = _image_shape(options, sample_shape)
-        if options.bidirectional:
-            raise UserError("model.bidirectional would show the network what it is to predict: set it to false.")
+        _check_direction(options)
         conditional = Categorical()
         network = NextLevel(_recurrence(options, 1), conditional.levels)
         super().__init__(network, conditional, (channels, height, width), optimizer, config)
@@ -155,6 +156,7 @@ class RegressionModule(SequenceModule):
 
     def check_data(self, data: Any) -> None:
         super().check_data(data)
+        _check_task(self.options, data)
         self.target_variance = getattr(data, "target_variance", None)
 
     def sequences(self, samples: Tensor) -> Tensor:
@@ -168,16 +170,63 @@ class RegressionModule(SequenceModule):
         return {"loss": errors, "relative_error": errors.detach() / self.target_variance}
 
 
+class NextCharacterModule(SupervisedModule):
+    """Predicts every character of a text from those before it; the loss is the mean cross-entropy, in nats.
+
+    It starts anew, from a state of zeros, with every piece of the text.
+
+    Args:
+        options: Architecture.
+        sample_shape: Time, and how many characters there are.
+        optimizer: Optimiser and schedule.
+        config: The resolved config as plain containers, kept in the checkpoint.
+    """
+
+    metrics = ("loss", "bits_per_character")
+    network: NextCharacter
+
+    def __init__(
+        self,
+        options: RnnOptions,
+        sample_shape: Sequence[int],
+        optimizer: OptimizerOptions | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        if len(sample_shape) != 2:
+            raise UserError(
+                "model.task=next_character needs a text, and the data are images: set data.name=characters, or "
+                "model.task=next_pixel."
+            )
+        _check_direction(options)
+        super().__init__(sample_shape, self.metrics, optimizer, config)
+        self.options = options
+        self.network = NextCharacter(_recurrence(options, sample_shape[1]), sample_shape[1])
+
+    def check_data(self, data: Any) -> None:
+        super().check_data(data)
+        _check_task(self.options, data)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Logits of what follows each character, ``[batch, time, characters]``, of ``[batch, time]`` integers."""
+        answers = self.network_in_use(characters)
+        return answers.to(torch.promote_types(answers.dtype, torch.float32))
+
+    def measure(self, answers: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        nats = F.cross_entropy(answers.transpose(1, 2), targets.long(), reduction="none").mean(dim=1)
+        return {"loss": nats, "bits_per_character": nats.detach() / math.log(2)}
+
+
 _TASKS: dict[str, Any] = {
     "next_pixel": NextPixelModule,
     "classification": ClassificationModule,
     "regression": RegressionModule,
+    "next_character": NextCharacterModule,
 }
 
 
 def build_sequence_module(
     options: RnnOptions, sample_shape: Sequence[int], optimizer: OptimizerOptions, config: dict[str, Any] | None = None
-) -> NextPixelModule | SequenceModule:
+) -> NextPixelModule | SequenceModule | NextCharacterModule:
     """The module for ``model.task``.
 
     Raises:
@@ -200,10 +249,22 @@ def _recurrence(options: RnnOptions, input_size: int) -> nn.RNNBase | Recurrence
     )
 
 
+def _check_direction(options: RnnOptions) -> None:
+    if options.bidirectional:
+        raise UserError("model.bidirectional would show the network what it is to predict: set it to false.")
+
+
+def _check_task(options: RnnOptions, data: Any) -> None:
+    """Sequences of numbers and of characters have shapes of one form: the data say which they are."""
+    task = getattr(data, "task", options.task)
+    if task != options.task:
+        raise UserError(f"data.name={data.name} is not for model.task={options.task}: set model.task={task}.")
+
+
 def _image_shape(options: RnnOptions, sample_shape: Sequence[int]) -> Sequence[int]:
     if len(sample_shape) != 3:
         raise UserError(
-            f"model.task={options.task} needs images, and the data are sequences of numbers: set data.name=mnist5k, or "
-            "model.task=regression."
+            f"model.task={options.task} needs images, and the data are sequences: set data.name=mnist5k, or "
+            "model.task=regression (of numbers) or next_character (of a text)."
         )
     return sample_shape

@@ -40,8 +40,8 @@ class SupervisedModule(TrainableModule):
         """Each of :attr:`metrics` that can be told, of every sample, ``[batch]``; ``loss`` is what training lowers.
 
         Args:
-            answers: ``[batch, outputs]``, float32 or float64.
-            targets: ``[batch]``.
+            answers: ``[batch, ..., outputs]``, float32 or float64.
+            targets: ``[batch, ...]``.
         """
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:

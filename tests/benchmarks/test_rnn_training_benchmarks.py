@@ -73,6 +73,7 @@ def test_trainings_are_compared(tmp_path, capsys):
     assert ordinary["loss"][0] == parallel["loss"][0]
     assert report["largest_relative_deviation"] < 1e-5
     assert ordinary["loss"][0] != pytest.approx(nudged["loss"][0], rel=1e-9, abs=0)
+    assert ordinary["validation"]["val/loss"] == pytest.approx(parallel["validation"]["val/loss"], rel=1e-5)
     assert ordinary["solved_by"] == {}
     assert parallel["solved_by"] == {"network.recurrence.l0": {"two_level": 12}}
     assert parallel["iterations"]["network.recurrence.l0"]["forward"] == [None] * 12
@@ -80,12 +81,19 @@ def test_trainings_are_compared(tmp_path, capsys):
     assert report["step_speedup"] == pytest.approx(ordinary["ms_per_step"] / parallel["ms_per_step"])
     assert json.loads(output.read_text())["largest_relative_deviation"] == report["largest_relative_deviation"]
     assert output.with_suffix(".png").stat().st_size > 10_000
-    assert "largest relative deviation" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "largest relative deviation" in printed
+    assert f"val/loss {ordinary['validation']['val/loss']:.4f}" in printed
+
+
+def test_nothing_is_validated_where_nothing_was_held_out():
+    report = rnn_training.main([*SHORT, "--override", *TINY, "data.validation_fraction=0"])
+    assert [each["validation"] for each in report["runs"]] == [{}] * 3
 
 
 def test_steps_that_went_the_ordinary_way_are_counted_as_such(monkeypatch):
     def has_a_record(self, _):
-        return any(controller.record for controller in self.controllers.values())
+        return any(controller.record() is not None for controller in self.controllers.values())
 
     monkeypatch.setattr(ParallelForward, "_is_slower", has_a_record)  # from the second step on
     parallel = rnn_training.main([*SHORT, "--override", *TINY, "callbacks.jacobi_backprop.probe_every=0"])["runs"][1]

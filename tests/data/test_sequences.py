@@ -1,18 +1,25 @@
-"""Images reduced by area, and the adding problem."""
+"""Images reduced by area, the adding problem, and the characters of a text."""
+
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from lit_parallel.data.adding import adding_problem
+from lit_parallel.data.characters import ALPHABET, encode, manual
 from lit_parallel.data.datasets import build_data
 from lit_parallel.data.image_data import area_average
-from lit_parallel.data.options import AddingOptions, DataOptions
+from lit_parallel.data.options import AddingOptions, CharactersOptions, DataOptions
 from lit_parallel.errors import UserError
 
 
 def adding(seed=0, **options):
     return build_data(AddingOptions(**{"length": 7, "size": 40, "test_size": 10, "batch_size": 8, **options}), seed)
+
+
+def characters(path=None, seed=0, **options):
+    return build_data(CharactersOptions(**{"file": path and str(path), "length": 5, "batch_size": 4, **options}), seed)
 
 
 def whole(loader):
@@ -123,3 +130,100 @@ def test_sizes_are_as_asked_for():
     data = adding(size=40, test_size=5, validation_fraction=0.25, batch_size=1)
     parts = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
     assert [len(loader) for loader in parts] == [30, 10, 5]
+
+
+# -- characters -------------------------------------------------------------------------------------------------------
+
+
+def decode(codes):
+    return "".join((ALPHABET + "?")[code] for code in codes)
+
+
+def test_every_character_has_a_place_and_all_unknown_ones_share_the_last():
+    assert len(set(ALPHABET)) == 96
+    codes = encode(ALPHABET + "\t\x7fé€😀\ufffd\ud800")
+    assert codes.dtype == torch.uint8
+    assert codes.tolist() == [*range(96), *[96] * 7]
+    assert characters().sample_shape == (5, 97)
+
+
+def test_the_target_of_a_character_is_the_next_one_and_pieces_are_the_text(tmp_path):
+    text = "The quick brown fox\njumps over the lazy dog, again and again and again."
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    data = characters(tmp_path / "text", batch_size=1, validation_fraction=0.25)
+    parts = [whole(getattr(data, f"{part}_dataloader")()) for part in ("train", "val", "test")]
+    assert [len(inputs) for inputs, _ in parts] == [10, 3, 1]  # 14 pieces of 5, and one character that is predicted
+    pieces = {decode(inputs): decode(targets) for part in parts for inputs, targets in zip(*part, strict=True)}
+    assert pieces == {text[i : i + 5]: text[i + 1 : i + 6] for i in range(0, 70, 5)}
+    assert decode(parts[2][0][0]) == text[65:70]
+    assert decode(parts[2][1][0]) == text[66:]
+
+
+def test_the_end_of_the_text_is_to_test_with_whatever_the_seed(tmp_path):
+    (tmp_path / "text").write_text("".join(map(chr, range(33, 115))), encoding="utf-8")
+    first, other = (characters(tmp_path / "text", seed, length=2, validation_fraction=0.5) for seed in (1, 2))
+    for data in (first, other):
+        assert decode(whole(data.test_dataloader())[0].flatten()) == "".join(map(chr, range(105, 113)))
+    assert not torch.equal(whole(first.val_dataloader())[0], whole(other.val_dataloader())[0])
+
+
+def test_the_manual_comes_with_python_and_no_paragraph_stands_in_it_twice():
+    text = manual()
+    assert len(text) > 200_000
+    assert "*******" in text
+    paragraphs = text.split("\n\n")
+    assert len(set(paragraphs)) == len(paragraphs)
+    data = characters(length=1000)
+    parts = [whole(getattr(data, f"{part}_dataloader")()) for part in ("val", "test")]
+    numbers = [len(data.samples("train")), *(len(inputs) for inputs, _ in parts)]
+    assert sum(numbers) == (len(text) - 1) // 1000
+    assert numbers[2] == sum(numbers) // 10
+    assert (
+        decode(parts[1][0][0]) == "".join(c if c in ALPHABET else "?" for c in text)[1000 * sum(numbers[:2]) :][:1000]
+    )
+
+
+def test_what_is_not_utf8_is_read_as_unknown_characters(tmp_path):
+    (tmp_path / "text").write_bytes(b"ab\xffcd" * 5)
+    inputs, _ = whole(characters(tmp_path / "text").test_dataloader())
+    assert decode(inputs[0]) == "ab?cd"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"^Cannot read data\.file='.*text' \(No such file or directory\): set it to a text file\.$"),
+        (b"0123456789", r"^The text has 10 characters, and data\.length=5 needs 11 to train and test with: set a "),
+        (b"", r"^The text has 0 characters"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_told_in_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        characters(tmp_path / "text").setup()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_shortest_text_trains_and_tests(tmp_path):
+    (tmp_path / "text").write_text("0123456789A", encoding="utf-8")
+    data = characters(tmp_path / "text")
+    assert [decode(whole(data.test_dataloader())[i][0]) for i in (0, 1)] == ["56789", "6789A"]
+
+
+def test_other_files_and_folders_are_refused_in_one_line(tmp_path, monkeypatch):
+    for path in (tmp_path, "nul\0nul"):
+        with pytest.raises(UserError, match=r"^Cannot read data\.file="):
+            characters(path).setup()
+    (tmp_path / "text").write_text("0123456789A", encoding="utf-8")
+    monkeypatch.setattr("lit_parallel.memory.machine_memory", lambda: 11)
+    with pytest.raises(UserError, match=r"is too long, use a part of it: it would take "):
+        characters(tmp_path / "text").setup()
+
+
+def test_a_python_without_its_manual_asks_for_a_text(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(
+        UserError, match=r"^This Python comes without its manual .* set data\.file=PATH, a text file\.$"
+    ):
+        characters().setup()

@@ -32,6 +32,7 @@ BASES = [
     ["model.name=rnn", "model.hidden_size=4", "callbacks.jacobi_backprop.enabled=true", *_IMAGES],
     ["model.name=rnn", "model.hidden_size=4", "model.task=classification", *_IMAGES],
     ["model.name=rnn", "model.hidden_size=4", "model.task=regression", "data.name=adding", "data.length=8"],
+    ["model.name=rnn", "model.hidden_size=4", "model.task=next_character", "data.name=characters"],
     ["model.name=densenet", "model.architecture=custom", "model.block_config=[2,2]", "model.growth_rate=4", *_IMAGES],
     ["model.name=densenet", "model.architecture=cifar", "model.depth=10", "data.name=image_folder", "data.crop=32"],
     ["model.name=densenet", "model.architecture=cifar", "model.depth=10", "callbacks.jacobi_evaluation.enabled=true"],

@@ -13,18 +13,24 @@ from torch.utils.data import DataLoader, TensorDataset
 from lit_parallel.checkpoint import build_model, load
 from lit_parallel.config import TrainConfig, from_container
 from lit_parallel.data.adding import AddingData
-from lit_parallel.data.options import AddingOptions
+from lit_parallel.data.characters import CharactersData
+from lit_parallel.data.options import AddingOptions, CharactersOptions
 from lit_parallel.errors import UserError
 from lit_parallel.modules.made import MadeModule
 from lit_parallel.modules.options import CELLS, MadeOptions, OptimizerOptions
-from lit_parallel.modules.sequence import ClassificationModule, NextPixelModule, RegressionModule
+from lit_parallel.modules.sequence import ClassificationModule, NextCharacterModule, NextPixelModule, RegressionModule
 from lit_parallel.networks.rnn import Recurrence
 from lit_parallel.sampling.causality import check_causality
 from lit_parallel.sampling.sampler import sample
 
-IMAGE, NUMBERS = (1, 3, 4), (6, 2)
-SHAPES = {"next_pixel": IMAGE, "classification": IMAGE, "regression": NUMBERS}
-KINDS = {"next_pixel": NextPixelModule, "classification": ClassificationModule, "regression": RegressionModule}
+IMAGE, NUMBERS, TEXT = (1, 3, 4), (6, 2), (10, 5)
+SHAPES = {"next_pixel": IMAGE, "classification": IMAGE, "regression": NUMBERS, "next_character": TEXT}
+KINDS = {
+    "next_pixel": NextPixelModule,
+    "classification": ClassificationModule,
+    "regression": RegressionModule,
+    "next_character": NextCharacterModule,
+}
 
 pytestmark = [
     # Lightning's advice for real training, beside the point for twelve pixels.
@@ -49,10 +55,16 @@ def refusal(*arguments, **options) -> str:
 
 
 def loader(task="next_pixel", number=32, batch_size=8) -> DataLoader:
-    """Dark and bright images, told apart by their labels; or numbers, whose first column adds up to the target."""
+    """Dark and bright images, told apart by their labels; numbers, whose first column adds up to the target; or texts
+    in which every character but the first is the one after it in the alphabet.
+    """
     if task == "regression":
         numbers = torch.rand(number, *NUMBERS)
         return DataLoader(TensorDataset(numbers, numbers[:, :, 0].sum(dim=1)), batch_size)
+    if task == "next_character":
+        length, characters = TEXT
+        texts = (torch.arange(number)[:, None] + torch.arange(length + 1)).remainder(characters).to(torch.uint8)
+        return DataLoader(TensorDataset(texts[:, :-1], texts[:, 1:]), batch_size)
     labels = torch.arange(number) % 2
     images = 50 + 150 * labels[:, None, None, None] + torch.randint(-20, 20, (number, *IMAGE))
     return DataLoader(TensorDataset(images.to(torch.uint8), labels), batch_size)
@@ -101,8 +113,10 @@ def test_every_task_has_its_module_and_every_cell_its_network(task, cell):
     [
         ({"task": "regression", "shape": IMAGE}, "model.task=regression needs sequences of numbers, and the data are"),
         ({"task": "classification", "shape": NUMBERS}, "model.task=classification needs images, and the data are seq"),
-        ({"task": "next_pixel", "shape": NUMBERS}, "set data.name=mnist5k, or model.task=regression."),
+        ({"task": "next_pixel", "shape": NUMBERS}, "set data.name=mnist5k, or model.task=regression (of numbers)"),
+        ({"task": "next_character", "shape": IMAGE}, "model.task=next_character needs a text, and the data are images"),
         ({"bidirectional": True}, "model.bidirectional would show the network what it is to predict"),
+        ({"bidirectional": True, "task": "next_character"}, "model.bidirectional would show the network what it is"),
         ({"num_classes": 3}, "model.num_classes belongs to model.task=classification"),
         ({"cell": "softplus", "layers": 2}, "model.cell=softplus has one layer and one direction"),
         ({"optimizer": {"name": "sgd", "beta1": 0.5}}, "optimizer.beta1 and beta2 belong to adamw"),
@@ -122,12 +136,14 @@ def test_a_model_of_images_refuses_numbers():
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
 @pytest.mark.parametrize(
-    ("task", "cell"), [("next_pixel", "softplus"), ("classification", "lstm"), ("regression", "gru")]
+    ("task", "cell"),
+    [("next_pixel", "softplus"), ("classification", "lstm"), ("regression", "gru"), ("next_character", "rnn")],
 )
 def test_training_lowers_the_loss_in_every_precision(tmp_path, task, cell, precision):
     losses = fit(tmp_path, module(task, cell=cell), task, 12, precision=precision)
     assert all(map(math.isfinite, losses))
-    assert sum(losses[-4:]) < {"next_pixel": 0.85, "classification": 0.5, "regression": 0.3}[task] * sum(losses[:4])
+    part = {"next_pixel": 0.85, "classification": 0.5, "regression": 0.3, "next_character": 0.3}[task]
+    assert sum(losses[-4:]) < part * sum(losses[:4])
 
 
 def test_the_loss_of_pixels_is_their_mean_cross_entropy_in_nats():
@@ -141,7 +157,7 @@ def test_the_loss_of_pixels_is_their_mean_cross_entropy_in_nats():
     assert float(expected) == pytest.approx(math.log(256), abs=0.5)
 
 
-@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("task", ["classification", "regression", "next_character"])
 def test_answers_and_losses_are_never_in_half_precision(task):
     model = module(task).bfloat16()
     samples, targets = loader(task).dataset.tensors
@@ -169,6 +185,9 @@ def test_evaluation_weighs_samples_not_batches_and_leaves_training_possible(tmp_
             logits = model.network(samples.flatten(1)[..., None] / 255)
             right = (logits.argmax(dim=1) == targets).float().mean()
             expected = {"val/loss": float(F.cross_entropy(logits, targets)), "val/accuracy": float(right)}
+        elif task == "next_character":
+            nats = F.cross_entropy(model.network(samples).flatten(0, 1), targets.flatten().long())
+            expected = {"val/loss": float(nats), "val/bits_per_character": float(nats) / math.log(2)}
         else:
             expected = {"val/loss": float(F.mse_loss(model.network(samples)[:, 0], targets))}
     assert found == pytest.approx(expected, rel=1e-5)
@@ -183,6 +202,40 @@ def test_a_colour_pixel_is_read_at_once_by_a_classifier_and_value_by_value_by_a_
     assert read.shape == (2, 4, 3)
     torch.testing.assert_close(read[1, 2], images[1, :, 1, 0] / 255)
     assert predictor.length == predictor.positions.length == 12
+
+
+def test_a_character_is_read_by_its_place_and_predicted_from_those_before_it():
+    network = module("next_character", cell="gru").double().network
+    text = torch.tensor([[3, 0, 4, 4, 1]], dtype=torch.uint8)
+    logits = network(text)
+    assert logits.shape == (1, 5, TEXT[1])
+    states, _ = network.recurrence(torch.eye(TEXT[1]).double()[[3, 0, 4, 4, 1]][None])
+    torch.testing.assert_close(logits, network.output(states))
+    text[0, 3] = 2
+    assert (network(text) != logits).any(dim=2).tolist() == [[False, False, False, True, True]]
+
+
+def test_who_knows_nothing_needs_the_logarithm_of_the_number_of_characters(tmp_path):
+    model = module("next_character")
+    with torch.no_grad():
+        model.network.output.weight.zero_()
+        model.network.output.bias.zero_()
+    found = trainer(tmp_path).test(model, loader("next_character"), verbose=False)[0]
+    assert found["test/bits_per_character"] == pytest.approx(math.log2(TEXT[1]))
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "other"),
+    [
+        ("regression", CharactersData(CharactersOptions(), seed=0), "next_character"),
+        ("next_character", AddingData(AddingOptions(), seed=0), "regression"),
+    ],
+)
+def test_numbers_and_characters_are_not_mistaken_for_each_other(task, data, other):
+    model = module(task, data.sample_shape)
+    with pytest.raises(UserError, match=rf"^data\.name={data.name} is not for model\.task={task}: set .*={other}\.$"):
+        model.check_data(data)
+    module(other, data.sample_shape).check_data(data)
 
 
 def test_the_error_is_told_relative_to_that_of_the_mean(tmp_path):
