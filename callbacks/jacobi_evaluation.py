@@ -10,7 +10,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map_only
@@ -19,6 +18,7 @@ from lit_parallel.dense import DenseOptions, EvaluationRecord, evaluate_in_paral
 from lit_parallel.dense.structure import find_dense_nets
 from lit_parallel.dense.swap import ParallelForward, parallel_forwards
 from lit_parallel.errors import UserError
+from lit_parallel.tracking import log_curve
 
 _WAYS = ("fused", "plain", "ordinary")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -168,8 +168,7 @@ class JacobiEvaluation(pl.Callback):
             for block, residual in tally.residuals.items():
                 name = _join("solver/residual", self._last_part, _join(network, block, separator="."))
                 for logger in trainer.loggers if trainer.is_global_zero else ():
-                    if isinstance(logger, WandbLogger):
-                        _log_curve(logger, name, residual.float().amax(dim=1).tolist())
+                    log_curve(logger, name, residual.float().amax(dim=1).tolist())
 
 
 @dataclass
@@ -273,10 +272,3 @@ def _of_all_processes(tallies: dict[str, _Tally]) -> dict[str, _Tally]:
 
 def _join(*parts: str, separator: str = "/") -> str:
     return separator.join(part for part in parts if part)
-
-
-def _log_curve(logger: WandbLogger, name: str, values: list[float]) -> None:
-    """Draw a curve over iterations, a step of its own, as those of sampling are drawn."""
-    for iteration, value in enumerate(values, start=1):
-        if math.isfinite(value):
-            logger.experiment.log({"solver/iteration": iteration, name: value})

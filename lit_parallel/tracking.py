@@ -107,11 +107,7 @@ def build_logger(
             run = wandb.init(mode="offline", **arguments)
     except (wandb.errors.Error, ValueError) as error:  # such as a tag or project that it does not accept
         raise UserError(f"Weights & Biases refuses the options under 'wandb': {one_line(error)}") from error
-    # Lightning's values draw against its step; the residuals of a run, having a step of their own, as one curve.
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    run.define_metric("solver/iteration", hidden=True)
-    for name in ("solver/residual", "solver/residual/*"):
-        run.define_metric(name, step_metric="solver/iteration")
     _use_checkpoint(run)
     return WandbLogger(experiment=run, project=options.project, save_dir=folder)
 
@@ -201,6 +197,17 @@ def log_images(logger: Any, name: str, images: Tensor, caption: str = "") -> Non
         logger.log_image(name, [image_grid(images, scale=None)], caption=[caption])
 
 
+def log_curve(logger: Any, name: str, values: list[float]) -> None:
+    """Log one value for each parallel iteration, drawn against ``solver/iteration``; what is not finite is left out."""
+    if isinstance(logger, WandbLogger):
+        run = logger.experiment
+        run.define_metric("solver/iteration", hidden=True)
+        run.define_metric(name, step_metric="solver/iteration")  # by its full name: of two patterns, "*" would win
+        for iteration, value in enumerate(values, start=1):
+            if np.isfinite(value):
+                run.log({"solver/iteration": iteration, name: value})
+
+
 @rank_zero_only
 def log_sampling(
     logger: WandbLogger | None,
@@ -234,9 +241,7 @@ def log_sampling(
         scalars["solver/wall_clock_speedup"] = wall_clock_speedup
     run.log(scalars)
     if solution.residual is not None:
-        for iteration, largest in enumerate(solution.residual.amax(dim=1).tolist(), start=1):
-            if np.isfinite(largest):
-                run.log({"solver/iteration": iteration, "solver/residual": largest})
+        log_curve(logger, "solver/residual", solution.residual.amax(dim=1).tolist())
     iterations = solution.iterations.cpu().numpy()
     run.log({"solver/iterations": wandb.Histogram(np_histogram=np.histogram(iterations, bins=_bins(iterations)))})
     shown = images[:_SHOWN_SAMPLES]

@@ -459,7 +459,8 @@ def test_the_command_trains_tests_and_logs_to_wandb(tmp_path):
         for name, value in expected.metrics.items():
             if name.startswith(part):
                 assert result.metrics[name] == pytest.approx(value, rel=1e-3), name
-        values = logged(inspect(result.folder))
+        found = inspect(result.folder)
+        values = logged(found)
         network = f"jacobi_evaluation/{part}/network"
         assert values[f"{network}/plain"] == [1]
         assert values[f"{network}/top1_agreement"] == [1]
@@ -468,6 +469,8 @@ def test_the_command_trains_tests_and_logs_to_wandb(tmp_path):
         assert 2 <= len(curve) <= 3
         assert all(math.isfinite(value) for value in curve)
         assert {1, len(curve)} <= set(values["solver/iteration"])
+        drawn = {"name": f"solver/residual/{part}/network.features.denseblock1", "step_metric": "solver/iteration"}
+        assert any(drawn.items() <= record["metric"].items() for record in found if "metric" in record)
     saved = load_config(TrainConfig, tested.folder / "config.yaml")
     assert saved.callbacks.jacobi_evaluation.solver == "jacobi"
 
