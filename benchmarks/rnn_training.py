@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--config", help=f"a file in configs/ (default: rnn_adding.yaml with {' '.join(_SHORTER)})")
     parser.add_argument("--override", nargs="*", default=[], help="key=value, as for train.py")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="of each training (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--output", type=Path, help="JSON file for the results; the figure goes beside it")
     args = parser.parse_args(argv)
