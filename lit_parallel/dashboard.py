@@ -56,6 +56,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         _lines("Loss", "train/loss", "val/loss"),
         _lines("Bits per dimension", "train/bits_per_dim", "val/bits_per_dim"),
         _lines("Accuracy", "train/accuracy", "val/accuracy", "val/top5"),
+        _lines("Bits per character", "train/bits_per_character", "val/bits_per_character"),
         _lines("Relative error", "train/relative_error", "val/relative_error"),
         _lines("Sample grids: parallel iterations", "sample_grid/iterations_mean", "sample_grid/iterations_max"),
         Panel("Sample grids", "images", ("sample_grid/images",)),

@@ -44,6 +44,7 @@ TRAINED = {
         *("callbacks.jacobi_backprop.enabled=true", "callbacks.jacobi_backprop.solver=jacobi_gs"),
         *("callbacks.jacobi_backprop.forward=true", "callbacks.jacobi_backprop.probe_every=1"),
     ],
+    "rnn_characters": ["model.hidden_size=8", "data.length=12", "data.batch_size=8"],
 }
 SAMPLED = [
     *("num_samples=2", "batch_size=2", "solver.name=auto", "compare.baselines=[sequential]", "compare.repeats=1"),
@@ -61,6 +62,7 @@ SHOWN = {
     "made_mnist5k": OF_IMAGES + OF_SAMPLING,
     "pixelcnnpp_mnist5k": OF_IMAGES + OF_SAMPLING,
     "densenet_mnist5k": ["Loss", "Accuracy", "By block", *(panel.title for panel in SECTIONS["DenseNets"])],
+    "rnn_characters": ["Loss", "Bits per character"],
     "rnn_adding": ["Loss", "Relative error", *(panel.title for panel in SECTIONS["Recurrent networks"])],
 }
 PANELS = {panel.title: panel for panels in SECTIONS.values() for panel in panels}
