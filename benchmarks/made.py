@@ -124,9 +124,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--repeats", type=int, default=11, help="timed runs; 3 of methods slower than 0.5 s")
     parser.add_argument("--window", type=int, default=None, help="window of the PyTorch evaluation")
-    parser.add_argument("--kernel-windows", type=int, nargs="+", default=[64], help="windows of the kernel")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", default=["28x28x1", "32x32x3"], choices=["28x28x1", "32x32x3"])
+    parser.add_argument(
+        "--kernel-windows", type=int, nargs="+", default=[64], metavar="N", help="windows of the kernel"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run (here: %(default)s)"
+    )
+    shapes = ["28x28x1", "32x32x3"]
+    parser.add_argument("--shapes", nargs="+", default=shapes, choices=shapes, metavar="SHAPE", help="of %(choices)s")
     parser.add_argument("--runs-folder", type=Path, help="keep the training runs here")
     parser.add_argument(
         "--split-sums", action="store_true", help="let cuBLAS split inner dimensions, as it does by default"

@@ -155,11 +155,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs; fewer of slow ones")
     parser.add_argument("--window-rows", type=int, nargs="*", default=[4, 8, 12], help="windows of GS-Jacobi")
-    parser.add_argument("--couplings", nargs="+", default=list(COUPLINGS), choices=COUPLINGS)
+    parser.add_argument(
+        "--couplings",
+        nargs="+",
+        default=list(COUPLINGS),
+        choices=COUPLINGS,
+        metavar="NAME",
+        help="of %(choices)s (default: all)",
+    )
     parser.add_argument("--precisions", nargs="*", default=[], choices=PRECISIONS[1:], help="others than float32")
     parser.add_argument("--brief", action="store_true", help="one timed run of all couplings but the first")
     parser.add_argument("--eager", action="store_true", help="on a GPU: sequential sampling without CUDA graphs too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run (here: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the results; a grid of samples goes beside it")
     args = parser.parse_args(argv)
 
