@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"The workspace '{NAME}' of the project '{arguments.project}' would show:\n")
         print("\n".join(describe()))
         print("\nIt needs an account: run 'wandb login', upload runs with 'wandb sync', and then this again.")
-        print("without one, look at a run in the terminal:  wandb leet runs/EXPERIMENT/TIME/wandb")
+        print("Without one, look at a run in the terminal:  wandb leet runs/EXPERIMENT/TIME/wandb")
         return
     import wandb
 
