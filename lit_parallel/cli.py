@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import select
 import signal
 import sys
 import textwrap
@@ -159,7 +160,8 @@ def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
     """Run a command and return its exit status: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
 
     A mistake is told in one line on stderr, without a traceback, and so is another process of the run that does not
-    answer (status 1); any other exception is a defect and propagates.
+    answer (status 1); any other exception is a defect and propagates. Where nobody reads any more what is printed
+    (``| head``), the command ends silently, with status 141.
 
     Args:
         main: The command; called with the arguments.
@@ -176,6 +178,8 @@ def run_command(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None
                 return 128 + received[0]
             if isinstance(error, UserError):
                 _complain(error, f"error: {' '.join(str(error).splitlines())}", with_hint=False)
+            elif isinstance(error, BrokenPipeError) and _is_read_no_more():
+                return 128 + signal.SIGPIPE
             elif isinstance(error, OSError):
                 reason = error.strerror or first_line(error)
                 _complain(error, f"error: {reason}: '{error.filename or 'is the disk full?'}'")
@@ -233,6 +237,20 @@ def messages_shown() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def _is_read_no_more() -> bool:
+    """Whether nobody reads what is printed any more, as after ``| head``; what is still to come is dropped then."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError):
+        return False
+    ends = select.poll()
+    ends.register(output, 0)
+    if not any(event & select.POLLERR for _, event in ends.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # the interpreter flushes once more
+    return True
 
 
 def _is_first_process() -> bool:

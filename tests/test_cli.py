@@ -275,6 +275,29 @@ def test_a_full_disk_is_one_line(capsys):
     assert capsys.readouterr().err == "error: No space left on device: 'runs/x/last.ckpt'\n"
 
 
+UNREAD = """
+import sys
+from lit_parallel.cli import run_command
+sys.exit(run_command(lambda argv: [print(number) for number in range(100000)]))
+"""
+
+
+def test_output_that_is_read_no_more_ends_silently():
+    with subprocess.Popen([sys.executable, "-c", UNREAD], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_another_pipe_that_breaks_is_one_line(capsys):
+    def main(argv):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert run_command(main, []) == 2
+    assert capsys.readouterr().err.startswith("error: Broken pipe: ")
+
+
 def test_help_does_not_wait_for_torch():
     program = "import sys, lit_parallel.cli, lit_parallel.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
