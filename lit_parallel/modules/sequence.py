@@ -16,8 +16,7 @@ from lit_parallel.errors import UserError
 from lit_parallel.modules.conditional import ConditionalModule
 from lit_parallel.modules.options import OptimizerOptions, RnnOptions
 from lit_parallel.modules.supervised import SupervisedModule
-from lit_parallel.networks.characters import NextCharacter
-from lit_parallel.networks.rnn import LastState, NextLevel, Recurrence, build_recurrence
+from lit_parallel.networks.rnn import LastState, NextCharacter, NextLevel, Recurrence, build_recurrence
 from lit_parallel.sampling.positions import Positions
 
 

@@ -239,6 +239,22 @@ class NextLevel(_ReadOut):
         return self.output(states)
 
 
+class NextCharacter(_ReadOut):
+    """Predicts what follows each character: ``[batch, time]`` integers to ``[batch, time, characters]``, logits.
+
+    The network reads a character as a vector of zeros with a one in its place.
+
+    Args:
+        recurrence: Reads ``[batch, time, characters]``, in one direction.
+        outputs: How many characters there are.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        one_hot = F.one_hot(x.long(), self.output.out_features)
+        states, _ = self.recurrence(one_hot.to(self.output.weight.dtype))
+        return self.output(states)
+
+
 class LastState(_ReadOut):
     """Answers when it has read a sequence: ``[batch, time, input]`` to ``[batch, outputs]``.
 
