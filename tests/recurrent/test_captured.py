@@ -17,7 +17,7 @@ from torch import nn
 
 from lit_parallel.kernels import interpreted
 from lit_parallel.networks.rnn import keep_state
-from lit_parallel.recurrent import parallelize, records, tuning
+from lit_parallel.recurrent import parallelize, records, restore, tuning
 
 TESTS = Path(__file__).parent.parent
 
@@ -156,6 +156,37 @@ def test_interpreted_forward_passes(captures):
     assert tuned.captured.linearises
     for found, copies in kept:
         assert all(torch.equal(found[name], copies[name]) for name in copies)
+
+
+@pytest.mark.skipif(not interpreted(), reason="run by the test below")
+def test_interpreted_passes_of_a_layer_that_is_used_twice(captures):
+    """Each pass is judged by its own verdict, also where the next one is launched before anybody has asked."""
+    torch.manual_seed(0)
+    module, twin = build("gru", 3, 3), build("gru", 3, 3).double()
+    parallelize(module, solver="jacobi_gs", block_size=4, forward=True, probe_every=0)
+    keep_state(module, -4.0)
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(0.1)
+    twin.load_state_dict(module.state_dict())
+
+    def found(module, x, evaluates=False):
+        leaf = x.clone().requires_grad_()
+        output, _ = module(module(leaf)[0])
+        if evaluates:
+            with torch.no_grad():
+                module(2 * x)
+        grads = torch.autograd.grad(output.square().sum(), [leaf, *module.parameters()])
+        return {str(n): grad for n, grad in enumerate(grads)}
+
+    for i in range(6):
+        x = torch.randn(40, 2, 3)
+        if i == 5:
+            keep_state(module, 1.0)  # the first of two passes finds its halo too short, and so does the second
+            twin.load_state_dict(module.state_dict())
+        assert largest_error(found(module, x, evaluates=i == 4), found(twin, x.double())) < 1e-5
+    assert captures
+    restore(module)  # with a verdict that nobody has asked for
+    assert largest_error(found(module, x), found(twin, x.double())) < 1e-5
 
 
 def test_passes_in_the_interpreter():
