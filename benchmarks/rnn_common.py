@@ -18,7 +18,7 @@ def new_report(name: str, device: torch.device) -> dict[str, Any]:
     """What every report begins with."""
     return {
         "command": f"python -m benchmarks.{name} " + " ".join(sys.argv[1:]).partition("--output")[0].strip(),
-        "environment": environment(device) | {"platform": platform.platform()},
+        "environment": environment(device) | {"platform": f"{platform.system()}-{platform.machine()}"},
     }
 
 
